@@ -1,0 +1,39 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: help setup dry-run test lint train infer bench bench-quality clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/.ready ## install everything into .venv, exactly as in wheels/dev.lock
+
+dry-run: .venv/.ready ## the whole flow on the embedded sample competition
+	$(PY) -m kit dry-run $(ARGS)
+
+test: .venv/.ready ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/.ready ## check style and types
+	$(PY) -m ruff check . && $(PY) -m mypy
+
+train: .venv/.ready ## fit all folds of a recipe: make train RECIPE=name
+	$(PY) -m kit train $(RECIPE) $(ARGS)
+
+infer: .venv/.ready ## write a submission: make infer ARGS="…"
+	$(PY) -m kit infer $(ARGS)
+
+bench: bench-quality ## run every benchmark
+
+bench-quality: .venv/.ready ## run the benchmark of prediction quality
+	$(PY) -m tests.bench.quality $(ARGS)
+
+clean: ## remove what was made and the caches; .venv stays
+	rm -rf artifacts/* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache && find kit tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps are touched last: an installation that was interrupted starts again from nothing.
+.venv/.installed: wheels/dev.lock
+	"$(PYTHON)" -m venv --clear .venv && $(PY) -m pip install -r wheels/dev.lock && touch $@
+
+.venv/.ready: .venv/.installed pyproject.toml
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e . && touch $@

@@ -1,0 +1,202 @@
+"""Recipe → task, tokens, model, retriever. The one file that knows the registries and checks that their entries fit together.
+
+Does not know files' contents, folds or time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kit import manifest
+from kit.config import Recipe, RetrievePart
+from kit.errors import BundleError, ConfigError, DependencyError, nearest
+from kit.models import MODELS
+from kit.paths import model_folder
+from kit.retrieval import RETRIEVERS, Retriever
+from kit.retrieval.context import build_contexts
+from kit.retrieval.corpus import Corpus
+from kit.tasks import TASKS, Task, Tokens
+
+SCRATCH = "scratch"  # model.source for a backbone with random weights
+_BACKBONE_OPTIONS = ("source", "config", "vocab_size")  # settings of model.* that make the backbone; the others go to the model
+
+
+def make_task(recipe: Recipe) -> Task:
+    """The task with the recipe's settings. Raises ConfigError for an unknown kind or setting."""
+    kind = _entry(TASKS, recipe.task.kind, "task")
+    known = [field.name for field in fields(kind)]
+    _check_options("task", recipe.task.options, known)
+    return kind(**recipe.task.options)
+
+
+def task_of_kind(kind: str) -> Task:
+    """The task of that kind with its own defaults. Raises ConfigError."""
+    return _entry(TASKS, kind, "task")()
+
+
+def check(recipe: Recipe) -> None:
+    """Everything that can be refused before time is spent: kinds, settings, and whether task and model fit. Raises ConfigError."""
+    make_task(recipe)
+    kind = _entry(MODELS, recipe.model.kind, "model")
+    known = [name for name, p in inspect.signature(kind.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "outputs"]
+    _check_options("model", recipe.model.options, [*known, *_BACKBONE_OPTIONS])
+    source = recipe.model.options.get("source")
+    if not isinstance(source, str):
+        raise ConfigError('model.source is missing: give a model folder, package:NAME, or "scratch"')
+    if (source == SCRATCH) != ("config" in recipe.model.options):
+        raise ConfigError(f'model.source = "{source}" and model.config disagree: model.config is for source = "{SCRATCH}", and needed there')
+    if recipe.retrieve:
+        retriever = _entry(RETRIEVERS, recipe.retrieve.retriever.kind, "retrieve.retriever")
+        options = inspect.signature(retriever.build).parameters.values()
+        _check_options("retrieve.retriever", recipe.retrieve.retriever.options, [p.name for p in options if p.kind is p.KEYWORD_ONLY])
+
+
+def backbone(recipe: Recipe, folder: Path, base: Path, texts: Sequence[str]) -> Path:
+    """The folder that every fit of a run starts from: the pretrained one, or a new one made in `folder` from the texts."""
+    source = recipe.model.options["source"]
+    if source != SCRATCH:
+        return model_folder(source, base)
+    if not (folder / manifest.FILE).is_file():
+        kind = _entry(MODELS, recipe.model.kind, "model")
+        options = {name: value for name, value in recipe.model.options.items() if name in _BACKBONE_OPTIONS and name != "source"}
+        shutil.rmtree(folder, ignore_errors=True)
+        kind.invent(folder, lambda: texts, seed=recipe.train.seeds[0], **options)
+        manifest.write(folder, "backbone", "backbone")
+    return folder
+
+
+def create_model(recipe: Recipe, task: Task, source: Path) -> Any:
+    """A model to train, on the backbone in `source`. Raises ConfigError where it does not give what the task needs."""
+    return _fitting(_entry(MODELS, recipe.model.kind, "model").create, recipe, task, source)
+
+
+def load_model(recipe: Recipe, task: Task, folder: Path) -> Any:
+    """A trained model from its folder."""
+    return _fitting(_entry(MODELS, recipe.model.kind, "model").load, recipe, task, folder)
+
+
+def load_tokens(recipe: Recipe, folder: Path) -> Tokens:
+    """The tokens of a backbone's folder, or of a run."""
+    return _entry(MODELS, recipe.model.kind, "model").tokens(folder)
+
+
+def build_index(recipe: Recipe, artifacts: Path) -> Path:
+    """The folder of the recipe's index below artifacts/index, built unless it is there already. Raises ConfigError, DataError."""
+    settings = recipe.retrieve
+    if settings is None:
+        raise ConfigError(f"recipe {recipe.name!r} has no [retrieve] part, so there is no index to build")
+    source = Path(recipe.data.folder) / settings.corpus
+    options = _resolve_models(settings.retriever.options, Path(recipe.data.folder))
+    folder = artifacts / "index" / index_name(recipe)
+    if (folder / manifest.FILE).is_file():
+        return folder
+    corpus = Corpus.build(source, folder / "corpus")
+    _entry(RETRIEVERS, settings.retriever.kind, "retrieve.retriever").build(corpus, folder / "retriever", **options)
+    manifest.write(folder, folder.name, "index", retriever=settings.retriever.kind, passages=len(corpus))
+    return folder
+
+
+def index_name(recipe: Recipe) -> str:
+    """Slug of the index a recipe needs: the corpus' name and 8 hex digits of its content and the retriever's settings."""
+    assert recipe.retrieve is not None, "a recipe without [retrieve] has no index"
+    source = Path(recipe.data.folder) / recipe.retrieve.corpus
+    if not source.is_file():
+        raise ConfigError(f"corpus {source} is missing: set data.folder or retrieve.corpus to where it is")
+    return f"{slug(source.stem)}-{digest([manifest.sha256(source), recipe.retrieve.retriever.model_dump(mode='json')])}"
+
+
+@dataclass(frozen=True)
+class Library:
+    """An opened index: corpus and retriever."""
+
+    corpus: Corpus
+    retriever: Retriever
+
+    @classmethod
+    def open(cls, folder: Path) -> Library:
+        """Open a built index. Raises BundleError."""
+        kind = manifest.read(folder).meta.get("retriever")
+        if kind not in RETRIEVERS:
+            raise BundleError(f"{folder}: the manifest names retriever {kind!r}, which this version of the kit does not have")
+        return cls(Corpus.open(folder / "corpus"), _entry(RETRIEVERS, kind, "retrieve.retriever").load(folder / "retriever"))
+
+
+def add_contexts(examples: Sequence[Any], task: Task, settings: RetrievePart, library: Library) -> list[Any]:
+    """The examples with the context that the recipe's retrieval finds; the same function in training and in inference."""
+    form = settings.context
+    queries = task.queries(examples, form.query)
+    hits = library.retriever.search(queries, form.passages)
+    contexts = build_contexts(queries, library.corpus, hits, sentences=form.sentences, max_chars=form.max_chars)
+    return [replace(example, context=context) for example, context in zip(examples, contexts, strict=True)]
+
+
+def cached_contexts(examples: Sequence[Any], task: Task, recipe: Recipe, artifacts: Path) -> list[Any]:
+    """`add_contexts` for training: the index is built when missing, and what was retrieved once is kept under artifacts/contexts."""
+    settings = recipe.retrieve
+    assert settings is not None, "a recipe without [retrieve] has no contexts"
+    folder = build_index(recipe, artifacts)
+    queries = task.queries(examples, settings.context.query)
+    path = artifacts / "contexts" / f"{digest([folder.name, settings.context.model_dump(mode='json'), queries])}.json"
+    if path.is_file():
+        contexts = json.loads(path.read_text(encoding="utf-8"))
+        return [replace(example, context=context) for example, context in zip(examples, contexts, strict=True)]
+    found = add_contexts(examples, task, settings, Library.open(folder))
+    manifest.write_atomically(path, json.dumps([example.context for example in found], ensure_ascii=False))
+    return found
+
+
+def digest(values: Any) -> str:
+    """8 hex digits of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def slug(text: str) -> str:
+    """Lower-case letters, digits and single hyphens, as the site's dataset names."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
+
+
+def _fitting(make: Any, recipe: Recipe, task: Task, folder: Path) -> Any:
+    options = {name: value for name, value in recipe.model.options.items() if name not in _BACKBONE_OPTIONS}
+    model = make(folder, outputs=task.outputs, **options)
+    if model.gives != task.needs:
+        raise ConfigError(f"task {recipe.task.kind!r} needs {task.needs!r}, but model {recipe.model.kind!r} with {options} gives {model.gives!r}")
+    return model
+
+
+def _entry(registry: Mapping[str, str], kind: str, label: str) -> Any:
+    """The class a registry names. Raises ConfigError for an unknown kind, DependencyError for a package that is missing."""
+    if kind not in registry:
+        raise ConfigError(f"{label}.kind = {kind!r} is unknown{nearest(kind, registry)}")
+    module, _, name = registry[kind].partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "kit":
+            raise
+        raise DependencyError(f"{label}.kind = {kind!r} needs package {error.name!r}: pip install {error.name}, or choose another kind ({', '.join(registry)})") from None
+
+
+def _check_options(part: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = sorted(known)
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown key '{part}.{name}'{nearest(name, known)}")
+
+
+def _resolve_models(options: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Options with every `model` setting, at any depth, replaced by its folder on this machine."""
+    resolve = partial(_resolve_models, base=base)
+    return {
+        name: resolve(value) if isinstance(value, dict) else str(model_folder(value, base)) if name == "model" else value
+        for name, value in options.items()
+    }

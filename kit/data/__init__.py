@@ -1,0 +1,1 @@
+"""Tables in, folds and warnings out: reading and checking files, splitting rows, finding leakage. Knows no task and no model."""

@@ -1,0 +1,1 @@
+"""Scoring a test set from bundles inside a time budget, with a valid submission at every moment."""

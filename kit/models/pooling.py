@@ -1,0 +1,109 @@
+"""Hidden states of a sequence → one vector. Knows no backbone and no task.
+
+Each pooling is an nn.Module: forward(hidden (R, T, H), batch) → (R, width); `width` is known before the first forward.
+`batch` carries attention_mask (R, T) and segment (R, T): 0 text, 1 pair, -1 special or padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+class MeanPooling(nn.Module):
+    """Mean over the tokens that are not padding."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.width = hidden_size
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return _mean(hidden, batch["attention_mask"])
+
+
+class FirstPooling(nn.Module):
+    """The first token, [CLS] in BERT-like models."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.width = hidden_size
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return hidden[:, 0]
+
+
+class MaxPooling(nn.Module):
+    """Largest value of each hidden unit over the tokens that are not padding."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.width = hidden_size
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        padding = batch["attention_mask"].unsqueeze(-1) == 0
+        return hidden.masked_fill(padding, torch.finfo(hidden.dtype).min).amax(1)
+
+
+class AttentionPooling(nn.Module):
+    """Mean weighted by a learned score per token."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.width = hidden_size
+        self.score = nn.Linear(hidden_size, 1)
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        score = self.score(hidden).squeeze(-1).float()  # (R, T)
+        weight = score.masked_fill(batch["attention_mask"] == 0, -torch.inf).softmax(-1)
+        return torch.einsum("rt,rth->rh", weight.to(hidden.dtype), hidden)
+
+
+class MatchPooling(nn.Module):
+    """How well the pair is covered by the text, for backbones whose hidden states are comparable by cosine.
+
+    Gives [u * v, |u - v|, m]: u and v the unit mean vectors of text and pair (InferSent's features, Conneau et al. 2017), and m the
+    mean over the pair's tokens of the largest cosine with a text token (late interaction, Khattab & Zaharia 2020). A sentence
+    encoder so starts at the accuracy of its similarity instead of at chance. With an empty text all features are 0.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.width = 2 * hidden_size + 1
+        self.hidden_size = hidden_size
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        hidden = hidden.float()
+        text, pair = batch["segment"] == 0, batch["segment"] == 1
+        u, v = F.normalize(_mean(hidden, text), dim=-1), F.normalize(_mean(hidden, pair), dim=-1)
+        unit = F.normalize(hidden, dim=-1)
+        cosine = (unit @ unit.transpose(1, 2)).masked_fill(~text[:, None, :], -1.0)  # (R, T, T)
+        covered = _mean(cosine.amax(-1, keepdim=True), pair)  # (R, 1)
+        features = torch.cat([u * v, (u - v).abs(), covered], -1)
+        return features * text.any(1, keepdim=True)
+
+    def init_head(self, head: nn.Linear) -> None:
+        """Start the head at the sum of both cosines, so that the first scores rank options by similarity."""
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        head.weight.data[:, : self.hidden_size] = _COSINE_SCALE
+        head.weight.data[:, -1] = _COSINE_SCALE
+
+
+_COSINE_SCALE = 20.0  # differences between options are about 0.05 in cosine; 20 makes them about 1 before the softmax
+
+POOLINGS: dict[str, type[nn.Module]] = {
+    "mean": MeanPooling,
+    "cls": FirstPooling,
+    "max": MaxPooling,
+    "attention": AttentionPooling,
+    "match": MatchPooling,
+}
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(R, T, H), (R, T) → (R, H): the mean where mask is not 0; zeros where it is nowhere."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -1,0 +1,1 @@
+"""Trying on this machine what will happen on the competition machine."""

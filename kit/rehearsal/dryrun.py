@@ -1,0 +1,174 @@
+"""The whole main job on the sample competition, as on the competition machine, and a summary of what came out.
+
+Two boxes below artifacts/dry-run, each with input/ and working/: `train` runs notebooks/train.ipynb, `infer` runs notebooks/infer.ipynb on
+what `train` packed. A stage whose inputs have not changed is not run again. Knows no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kit import assemble, manifest, runtime
+from kit.config import Recipe
+from kit.data.tables import read_table
+from kit.errors import KitError
+from kit.metrics import Estimate, bootstrap
+from kit.rehearsal import guard
+from kit.rehearsal.baselines import longest, overlap, random_map
+from kit.rehearsal.notebook import run_notebook
+from kit.retrieval.bm25 import BM25
+from kit.retrieval.corpus import Corpus
+from kit.sample import write_sample
+from kit.tasks.multiple_choice import MultipleChoice
+from kit.vendor.bundle import pack_code
+
+_TIMEOUT_S = 3600.0
+_ANSWERS = "test_answers.csv"
+
+
+def dry_run(artifacts: Path, notebooks: Path) -> tuple[dict[str, Any], str]:
+    """Run both notebooks; gives the summary (also in artifacts/dry-run/summary.json) and a table to print. Raises KitError."""
+    return _DryRun((artifacts / "dry-run").resolve(), notebooks.resolve()).run()
+
+
+@dataclass
+class _DryRun:
+    root: Path
+    notebooks: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: list[str] = field(default_factory=list)
+    attempts: list[str] = field(default_factory=list)
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        self.answers = write_sample(self.root / "answers") / _ANSWERS
+        train, infer = self.root / "train", self.root / "infer"
+        self._mount_competition(train)
+        self._mount_competition(infer)
+        code = pack_code(train / "input" / "datasets" / "owner")  # the newer mount layout
+        made = manifest.read(code).digest
+        notebook = self.notebooks / "train.ipynb"
+        self._stage("train", [made, manifest.sha256(notebook)], lambda: self._notebook(notebook, train))
+        bundles = self._mount_bundles(train / "working" / "artifacts" / "bundles", infer / "input")
+        notebook = self.notebooks / "infer.ipynb"
+        self._stage("infer", [made, bundles, manifest.sha256(notebook)], lambda: self._notebook(notebook, infer))
+        self._stage("infer without contexts", [made, bundles], lambda: self._without_contexts(infer))
+        shutil.copyfile(infer / "working" / "submission.csv", self.root / "submission.csv")
+        summary = self._summary(train, infer)
+        manifest.write_atomically(self.root / "summary.json", json.dumps(summary, indent=1))
+        return summary, _table(summary)
+
+    def _stage(self, name: str, key: list[str], work: Callable[[], None]) -> None:
+        """Do the work unless it was done with the same key; keep how long it took."""
+        path = self.root / "stages" / f"{assemble.slug(name)}.json"
+        done = json.loads(path.read_text()) if path.is_file() else {}
+        if done.get("key") == key:
+            self.reused.append(name)
+            self.seconds[name] = done["seconds"]
+            return
+        path.unlink(missing_ok=True)
+        begun = time.monotonic()
+        work()
+        self.seconds[name] = round(time.monotonic() - begun, 1)
+        manifest.write_atomically(path, json.dumps({"key": key, "seconds": self.seconds[name]}))
+
+    def _notebook(self, notebook: Path, box: Path) -> None:
+        self.attempts += run_notebook(notebook, box / "working", input_folder=box / "input", timeout_s=_TIMEOUT_S).attempts
+
+    def _without_contexts(self, box: Path) -> None:
+        """The same members on the same rows with empty contexts, sealed alike."""
+        seal, out = self.root / "seal", self.root / "without-contexts"
+        seal.mkdir(exist_ok=True)
+        shutil.copyfile(guard.__file__, seal / "sitecustomize.py")
+        bundles = [str(path.parent) for path in sorted((box / "input").glob(f"*/{manifest.FILE}")) if manifest.read(path.parent).kind == "member"]
+        test = next((box / "input").rglob("test.csv"))
+        command = [runtime.python(), "-m", "kit", "infer", *bundles, "--test", str(test), "--out", str(out / "submission.csv"), "--details", str(out), "--no-contexts"]
+        done = subprocess.run(command, env=runtime.kernel_environment(box / "input", seal), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise KitError(f"inference without contexts failed: {done.stderr.strip().splitlines()[-1]}")
+        log = seal / "attempts.log"
+        self.attempts += log.read_text().splitlines() if log.is_file() else []
+
+    def _mount_competition(self, box: Path) -> None:
+        folder = write_sample(box / "input" / "competitions" / "kit-sample")
+        (folder / _ANSWERS).unlink()
+
+    def _mount_bundles(self, packed: Path, mounts: Path) -> str:
+        """Copy what was packed under the older mount layout; gives a digest of it all."""
+        digests = {}
+        for bundle in sorted(packed.iterdir()):
+            if (bundle / manifest.FILE).is_file():
+                digests[bundle.name] = manifest.read(bundle).digest
+                if not (mounts / bundle.name / manifest.FILE).is_file() or manifest.read(mounts / bundle.name).digest != digests[bundle.name]:
+                    shutil.rmtree(mounts / bundle.name, ignore_errors=True)
+                    shutil.copytree(bundle, mounts / bundle.name)
+        for mounted in [path for path in mounts.iterdir() if (path / manifest.FILE).is_file() and path.name not in digests]:
+            shutil.rmtree(mounted)  # packed by an earlier run
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def _summary(self, train: Path, infer: Path) -> dict[str, Any]:
+        task = MultipleChoice()
+        questions = task.read(read_table(next((infer / "input").rglob("test.csv"))))
+        answers = read_table(self.answers).frame.set_index("id")["answer"]
+        targets = np.array(["ABCDE".index(answers[question.id]) for question in questions])
+        members = np.load(infer / "working" / "predictions.npz")
+        outcome = json.loads((infer / "working" / "outcome.json").read_text())
+        runs = {path.parent.name: json.loads(path.read_text()) for path in sorted((train / "working/artifacts/runs").glob("*/metrics.json"))}
+        metric = task.metrics["map@3"]
+        text = self._best_passages(train, [question.prompt for question in questions])
+        scored = {"longest": longest(questions), "overlap": overlap(questions, text), **members}
+        maps: dict[str, Any] = {name: bootstrap(metric, prediction, targets)._asdict() for name, prediction in scored.items()}
+        maps["random"] = {"value": random_map(5)}
+        maps["test"] = self._file_score(task, infer / "working" / "submission.csv")._asdict()
+        maps["without_context"] = self._file_score(task, self.root / "without-contexts" / "submission.csv")._asdict()
+        maps["oof"] = {**{name: values["oof"]["map@3"] for name, values in runs.items()}, "blend": outcome["oof"]["blend"]}
+        maps["folds"] = {name: {fit: row["map@3"] for fit, row in values["folds"].items()} for name, values in runs.items()}
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+        return {
+            "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)}, "reused": self.reused, "sockets": self.attempts,
+            "peak_mb": round(peak), "rows": len(questions), "weights": outcome["weights"], "failures": outcome["failures"], "map@3": maps,
+        }  # fmt: skip
+
+    def _file_score(self, task: MultipleChoice, path: Path) -> Estimate:
+        prediction, targets = task.parse(read_table(path), read_table(self.answers))
+        return bootstrap(task.metrics["map@3"], prediction, targets)
+
+    def _best_passages(self, train: Path, prompts: list[str]) -> list[str]:
+        """The best BM25 passage for each prompt, for the overlap rule."""
+        source = next((train / "input").rglob("passages.jsonl"))
+        corpus = Corpus.build(source, self.root / "baseline" / "corpus")
+        hits = BM25.build(corpus, self.root / "baseline" / "bm25").search(prompts, 1)
+        return [corpus[int(row[0])].text if row[0] >= 0 else "" for row in hits.ids]
+
+
+def _table(summary: dict[str, Any]) -> str:
+    """What a person wants to see at the end."""
+    maps = summary["map@3"]
+    lines = ["", "stage                          seconds"]
+    lines += [f"{name:<30} {value:>7.1f}{'  (kept)' if name in summary['reused'] else ''}" for name, value in summary["seconds"].items()]
+    lines += ["", f"{'MAP@3 in cross-validation':<44} value ± SE"]
+    for run, fits in maps["folds"].items():
+        lines += [f"  {run} {fit:<{40 - len(run)}} {value:.3f}" for fit, value in fits.items()]
+        lines += [_line(f"{run} OOF", maps["oof"][run])]
+    lines += [_line("blend OOF", {"value": maps["oof"]["blend"]["map@3"], "se": maps["oof"]["blend"]["se"]})]
+    lines += ["", f"{'MAP@3 on the test set, ' + str(summary['rows']) + ' rows':<44} value ± SE"]
+    named = {"random": "random order", "longest": "longest option", "overlap": "word overlap with the best passage"}
+    lines += [_line(label, maps[name]) for name, label in named.items()]
+    lines += [_line(f"member {name}, weight {weight:.2f}", maps[name]) for name, weight in summary["weights"].items()]
+    lines += [_line("blend without contexts", maps["without_context"]), _line("blend = submission.csv", maps["test"])]
+    lines += ["", f"peak memory of one process {summary['peak_mb']} MB, connections tried outside this machine: {len(summary['sockets'])}"]
+    return "\n".join(lines)
+
+
+def _line(label: str, estimate: dict[str, float]) -> str:
+    return f"  {label:<42} {estimate['value']:.3f}" + (f" ± {estimate['se']:.3f}" if "se" in estimate else "")

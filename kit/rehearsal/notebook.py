@@ -1,0 +1,60 @@
+"""Runs a notebook as the competition does: another process, its own working folder, no network. Does not know what the notebook does."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+from kit import runtime
+from kit.errors import KitError
+from kit.rehearsal import guard
+
+
+class NotebookError(KitError):
+    """A notebook failed: names the cell and the error. The partly run notebook is kept."""
+
+
+class Sealed(NamedTuple):
+    """executed: the notebook with its outputs. attempts: connections that were tried and refused."""
+
+    executed: Path
+    attempts: list[str]
+
+
+def run_notebook(notebook: Path, working: Path, *, input_folder: Path, timeout_s: float) -> Sealed:
+    """Execute a copy of the notebook in `working`, sealed off from the network, with mounts in `input_folder`.
+
+    The kernel is reached over IPC, so that not even loopback is needed. Raises NotebookError.
+    """
+    working.mkdir(parents=True, exist_ok=True)
+    executed = working / notebook.name
+    with tempfile.TemporaryDirectory(prefix="kit-") as short:  # IPC paths must be short
+        seal = Path(short) / "seal"
+        seal.mkdir()
+        shutil.copyfile(guard.__file__, seal / "sitecustomize.py")
+        document = nbformat.read(notebook, as_version=4)
+        manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(Path(short) / "kernel"))
+        manager.kernel_spec.argv[0] = runtime.python()
+        client = NotebookClient(document, km=manager, timeout=int(timeout_s), resources={"metadata": {"path": str(working)}})
+        environment = runtime.kernel_environment(input_folder, seal)
+        try:
+            asyncio.run(client.async_execute(env=environment))
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            raise NotebookError(f"{notebook.name}: {_last_line(error)}; the partly run notebook is {executed}") from None
+        finally:
+            nbformat.write(document, executed)
+        log = seal / "attempts.log"
+        return Sealed(executed, log.read_text().splitlines() if log.is_file() else [])
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,110 @@
+"""Device, dtype and its reason, seeds, threads, offline switches. The only file that reads or writes os.environ.
+
+torch is imported inside functions, so importing this costs nothing. Knows no task, model or file of the kit.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+INPUT_ROOT = "KIT_INPUT"  # where bundles and the competition's files are mounted; default: COMPETITION_INPUT
+COMPETITION_INPUT = Path("/kaggle/input")
+RERUN_MARKER = "KAGGLE_IS_COMPETITION_RERUN"
+RUN_TYPE = "KAGGLE_KERNEL_RUN_TYPE"
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Runtime(NamedTuple):
+    """What computation runs on: a torch device, the dtype of matrix products, and why that dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether products run in a narrower type than the float32 weights."""
+        return self.dtype.itemsize < 4
+
+
+def choose(precision: str = "auto", device: str | None = None) -> Runtime:
+    """Device and dtype for this machine.
+
+    auto: bf16 on GPUs with native bf16 (sm_80 and later), fp16 on older ones such as the T4 (whose bf16 is emulated and
+    slower), fp32 on the CPU (bf16 products are slower than fp32 on most of them). Raises ConfigError.
+    """
+    import torch
+
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    if device is None:
+        local = os.environ.get("LOCAL_RANK", "0")
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if precision != "auto":
+        return Runtime(place, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision], "asked for")
+    if place.type != "cuda":
+        return Runtime(place, torch.float32, f"{place.type}: fp32 is exact and as fast")
+    major, minor = torch.cuda.get_device_capability(place)
+    if major >= 8:
+        return Runtime(place, torch.bfloat16, f"sm_{major}{minor} has native bf16")
+    return Runtime(place, torch.float16, f"sm_{major}{minor} has no native bf16")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch, and choose deterministic kernels where torch has them."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def go_offline() -> None:
+    """Set every switch that stops a library from calling a model hub. Call before importing transformers."""
+    os.environ.update(_OFFLINE)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
+
+
+def input_root() -> Path:
+    """The folder where bundles and competition files are mounted."""
+    return Path(os.environ.get(INPUT_ROOT) or COMPETITION_INPUT)
+
+
+def on_competition_machine() -> bool:
+    """Whether this process runs as a notebook of the competition site (or in a rehearsal of it)."""
+    return RUN_TYPE in os.environ
+
+
+def is_rerun() -> bool:
+    """Whether this is the hidden-test execution that counts."""
+    return bool(os.environ.get(RERUN_MARKER))
+
+
+def python() -> str:
+    """The interpreter that runs this process."""
+    return sys.executable
+
+
+def kernel_environment(input_folder: Path, seal: Path) -> dict[str, str]:
+    """The environment of a rehearsed notebook: as here, offline, with the mounts in `input_folder` and `seal` imported first."""
+    return {**os.environ, **_OFFLINE, INPUT_ROOT: str(input_folder), RUN_TYPE: "Batch", "PYTHONPATH": str(seal), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -1,0 +1,144 @@
+"""What a task is: the verbs that stand between a table and a model, the same for every task. Knows no model and no file.
+
+A task is a frozen dataclass of values. Letters: N examples, B batch, C options, T tokens, R rows of a collated batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from kit.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch = dict[str, "Tensor"]
+Encoding = dict[str, np.ndarray]
+"""One sequence: input_ids (T,) int32; segment (T,) int8, 0 text, 1 pair, -1 special; offsets (T, 2) int32, characters of the segment's text."""
+Metric = Callable[[np.ndarray, Sequence[Any]], float]
+
+TASKS = {
+    "multiple_choice": "kit.tasks.multiple_choice:MultipleChoice",
+}
+
+
+class Table(Protocol):
+    """A checked table of texts, as kit.data.tables reads it."""
+
+    source: str
+    frame: pd.DataFrame
+
+    def error(self, why: str, *, row: int | None = None, column: str | None = None) -> DataError:
+        """The DataError that names this file, the row (0-based position in `frame`), the column and the value there."""
+        ...
+
+
+class Tokens(Protocol):
+    """Text → encodings → padded batch."""
+
+    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0) -> list[Encoding]:
+        """Encodings of a text, or of a text and its pair. Only `text` is ever cut: to fit `max_length` with stride 0, or into windows."""
+        ...
+
+    def pad(self, encodings: Sequence[Encoding]) -> Batch:
+        """(R, T) tensors input_ids, attention_mask, token_type_ids, segment, padded on the right to the longest."""
+        ...
+
+    def id(self, word: str) -> int:
+        """The id of a word that is one token; raises ConfigError if it is not."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the files from which a model's `tokens` reads them again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Feature:
+    """The model-ready unit of one example (an example may have several: stride windows).
+
+    row: index of the example. encodings: the sequences that go through the model together. target: what the loss compares with.
+    """
+
+    row: int
+    encodings: tuple[Encoding, ...]
+    target: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its sequences, unpadded."""
+        return sum(len(encoding["input_ids"]) for encoding in self.encodings)
+
+
+class Task(Protocol):
+    """needs: what a model must give: "row" (R, outputs), "token" (R, T, outputs), "next_token" (R, V) or "all_tokens" (R, T, V)."""
+
+    needs: str
+
+    @property
+    def outputs(self) -> int:
+        """Numbers the model's head gives per row or token."""
+        ...
+
+    @property
+    def metrics(self) -> dict[str, Callable[..., float]]:
+        """Metrics by name, the first one decides; each takes (prediction, targets) as numpy arrays and is better when larger."""
+        ...
+
+    def read(self, table: Table) -> list[Any]:
+        """Examples of a table, in its order. Raises DataError."""
+        ...
+
+    def queries(self, examples: Sequence[Any], form: str) -> list[str]:
+        """What to search the corpus for, one text per example; `form` as in the recipe's retrieve.context.query."""
+        ...
+
+    def augment(self, examples: Sequence[Any], rng: np.random.Generator) -> Sequence[Any]:
+        """Examples as one training epoch sees them (shuffled options …); the same count and order."""
+        ...
+
+    def encode(self, examples: Sequence[Any], tokens: Tokens) -> list[Feature]:
+        """Features of the examples, in order of their rows."""
+        ...
+
+    def collate(self, features: Sequence[Feature], tokens: Tokens) -> Batch:
+        """One batch: the padded sequences of all features, and `target` when they have one."""
+        ...
+
+    def scores(self, output: Tensor, batch: Batch) -> Tensor:
+        """The model's output → the small thing loss and decode need; first axis: features (or their rows, one each)."""
+        ...
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Mean loss over the batch, a scalar."""
+        ...
+
+    def decode(self, scores: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Any]) -> np.ndarray:
+        """Per-feature scores → prediction per example, float32 (N, C)."""
+        ...
+
+    def targets(self, examples: Sequence[Any]) -> np.ndarray:
+        """What `metrics` compare predictions with, one row per example."""
+        ...
+
+    def strata(self, examples: Sequence[Any]) -> np.ndarray:
+        """One label per example for stratified folds."""
+        ...
+
+    def width(self, examples: Sequence[Any]) -> int:
+        """Columns C of a prediction for these examples."""
+        ...
+
+    def parse(self, submission: Table, answers: Table) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions (N, C) and targets (N, …) of a submission and the answers to it, rows in the same order. Raises DataError."""
+        ...
+
+    def rows(self, prediction: np.ndarray, examples: Sequence[Any]) -> pd.DataFrame:
+        """The submission for predictions (N, C), ids copied."""
+        ...

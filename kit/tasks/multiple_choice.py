@@ -1,0 +1,219 @@
+"""Multiple choice, scored in pairs: context + (prompt + option) through one shared encoder, one score per option.
+
+Knows questions, features, loss, decoding and the submission's rows. Does not know which model scores them, files or folds.
+The pair form is that of SWAG/RACE fine-tuning (Devlin et al. 2019); label smoothing after Szegedy et al. 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from string import ascii_uppercase
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from kit.errors import ConfigError
+from kit.metrics import accuracy, accuracy_at_k, map_at_k
+from kit.tasks import Batch, Feature, Table, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LETTERS = ascii_uppercase
+_BLANK = -1e4  # score of a blank option: below any real one, and finite in fp16
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. id: as in the table. answer: index of the right option, None in a test set. An option may be blank."""
+
+    id: str
+    prompt: str
+    options: tuple[str, ...]
+    answer: int | None = None
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """Scores (N, C) for questions of C options; prediction: the three best letters."""
+
+    max_length: int = 256
+    """Tokens of one sequence; the context is cut to fit, the question and the option never."""
+    shuffle_options: bool = True
+    """Shuffle the options of every training question in every epoch; the label moves along."""
+    label_smoothing: float = 0.0
+    top: int = 3
+    """Letters in a prediction."""
+
+    needs = "row"
+    outputs = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"task.label_smoothing = {self.label_smoothing}: give a number from 0 to below 1")
+        if self.max_length < 8 or self.top < 1:
+            raise ConfigError(f"task.max_length = {self.max_length}, task.top = {self.top}: give at least 8 tokens and 1 letter")
+
+    @property
+    def metrics(self) -> dict[str, Callable[..., float]]:
+        """MAP@3 decides; accuracy and accuracy@3 are reported beside it."""
+        return {f"map@{self.top}": map_at_k, "accuracy": accuracy, f"accuracy@{self.top}": accuracy_at_k}
+
+    def read(self, table: Table) -> list[Question]:
+        """Questions of a table with columns id, prompt, A, B, … and, when known, answer and context. Raises DataError."""
+        frame = table.frame
+        letters = _option_columns(table)
+        for column in ("id", "prompt"):
+            if column not in frame:
+                raise table.error(f"column {column!r} is missing (columns: {', '.join(frame.columns)})")
+        texts = list(zip(*(frame[letter] for letter in letters), strict=True))
+        answers = frame["answer"] if "answer" in frame else [""] * len(frame)
+        contexts = frame["context"] if "context" in frame else [""] * len(frame)
+        labelled = "answer" in frame
+        questions = []
+        for row, (id_, prompt, options, answer, context) in enumerate(
+            zip(frame["id"], frame["prompt"], texts, answers, contexts, strict=True)
+        ):
+            if not any(option.strip() for option in options):
+                raise table.error("every option is blank", row=row, column=letters[0])
+            index = _answer_index(table, row, answer, options, letters) if labelled else None
+            questions.append(Question(id_, prompt, options, index, context))
+        return questions
+
+    def queries(self, examples: Sequence[Question], form: str) -> list[str]:
+        """The prompt, with form "prompt_options" followed by the options."""
+        forms: dict[str, Callable[[Question], str]] = {
+            "prompt": lambda question: question.prompt,
+            "prompt_options": lambda question: " ".join((question.prompt, *question.options)),
+        }
+        return [forms[form](question) for question in examples]
+
+    def augment(self, examples: Sequence[Question], rng: np.random.Generator) -> Sequence[Question]:
+        """The questions with their options in a new random order, if `shuffle_options`."""
+        return [_reorder(question, rng.permutation(len(question.options))) for question in examples] if self.shuffle_options else examples
+
+    def encode(self, examples: Sequence[Question], tokens: Tokens) -> list[Feature]:
+        """One feature per question, holding C sequences (context, prompt + option)."""
+        return [
+            Feature(
+                row,
+                tuple(
+                    tokens.encode(question.context, f"{question.prompt} {option}".strip(), max_length=self.max_length)[0]
+                    for option in question.options
+                ),
+                (question.answer, tuple(not option.strip() for option in question.options)),
+            )
+            for row, question in enumerate(examples)
+        ]
+
+    def collate(self, features: Sequence[Feature], tokens: Tokens) -> Batch:
+        """(B*C, T) sequences; blank (B, C) bool; target (B,) int64 when every feature has an answer."""
+        batch = tokens.pad([encoding for feature in features for encoding in feature.encodings])
+        batch["blank"] = torch.tensor([feature.target[1] for feature in features])
+        if all(feature.target[0] is not None for feature in features):
+            batch["target"] = torch.tensor([feature.target[0] for feature in features])
+        return batch
+
+    def scores(self, output: Tensor, batch: Batch) -> Tensor:
+        """(B*C, 1) → (B, C); a blank option scores below every real one."""
+        return output.view(batch["blank"].shape).masked_fill(batch["blank"], _BLANK)
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy over the options, the smoothed share spread over the options that are not blank."""
+        log_p = scores.log_softmax(-1)
+        right = -log_p.gather(1, batch["target"][:, None]).squeeze(1)  # (B,)
+        if not self.label_smoothing:
+            return right.mean()
+        real = (~batch["blank"]).to(log_p.dtype)
+        even = -(log_p * real).sum(1) / real.sum(1)
+        return ((1 - self.label_smoothing) * right + self.label_smoothing * even).mean()
+
+    def decode(self, scores: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Question]) -> np.ndarray:
+        """Per-feature scores (C,) → probabilities (N, C) float32; a row that nobody scored is NaN."""
+        prediction = np.full((len(examples), self.width(examples)), np.nan, np.float32)
+        if features:
+            rows = F.softmax(torch.from_numpy(np.stack(scores).astype(np.float32)), -1).numpy()
+            prediction[[feature.row for feature in features]] = rows
+        return prediction
+
+    def targets(self, examples: Sequence[Question]) -> np.ndarray:
+        """Right options (N,) int64, -1 where unknown."""
+        return np.array([-1 if question.answer is None else question.answer for question in examples], np.int64)
+
+    def strata(self, examples: Sequence[Question]) -> np.ndarray:
+        """Folds are stratified by the right letter."""
+        return self.targets(examples)
+
+    def width(self, examples: Sequence[Question]) -> int:
+        """Options of a question."""
+        return len(examples[0].options) if examples else 0
+
+    def parse(self, submission: Table, answers: Table) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks as scores (N, top + 26): the first letter 1, the second 1/2 …, letters not named -1, below `top` empty columns of 0.
+
+        So a letter that is not named ranks below `top` also where fewer are named. The answers need columns id and answer.
+        """
+        for table, column in ((submission, "prediction"), (answers, "answer")):
+            if column not in table.frame:
+                raise table.error(f"column {column!r} is missing (columns: {', '.join(table.frame.columns)})")
+        known = [letter for letter in LETTERS if letter in answers.frame] or list(LETTERS)
+        prediction = np.full((len(submission.frame), self.top + len(LETTERS)), -1.0, np.float32)
+        prediction[:, : self.top] = 0.0
+        for row, text in enumerate(submission.frame["prediction"]):
+            for rank, letter in enumerate(_letters(submission, row, text, known, self.top)):
+                prediction[row, self.top + LETTERS.index(letter)] = 1 / (rank + 1)
+        for row, letter in enumerate(answers.frame["answer"]):
+            if letter.strip() not in known:
+                raise answers.error(f"the answer must be one of {', '.join(known)}", row=row, column="answer")
+        targets = np.array([self.top + LETTERS.index(letter.strip()) for letter in answers.frame["answer"]], np.int64)
+        return prediction, targets
+
+    def rows(self, prediction: np.ndarray, examples: Sequence[Question]) -> pd.DataFrame:
+        """Columns id, prediction: the best distinct letters, space separated; ties and NaN fall back to option order, blank options last."""
+        blank = np.array([[not option.strip() for option in question.options] for question in examples], bool).reshape(prediction.shape)
+        value = np.where(np.isfinite(prediction), prediction, -np.inf)
+        order = np.lexsort((-value, blank), axis=-1)[:, : self.top]  # real before blank, then best first; stable
+        text = [" ".join(LETTERS[index] for index in row) for row in order]
+        return pd.DataFrame({"id": [question.id for question in examples], "prediction": text})
+
+
+def _option_columns(table: Table) -> list[str]:
+    """The option columns A, B, …: the unbroken run of letters from A on. Raises DataError."""
+    present = [letter for letter in LETTERS if letter in table.frame]
+    letters = list(LETTERS[: len(present)])
+    if len(present) < 2 or present != letters:
+        missing = next(letter for letter in LETTERS if letter not in table.frame)
+        raise table.error(f"column {missing!r} is missing: options are columns A, B, … without a gap, at least two (columns: {', '.join(table.frame.columns)})")
+    return letters
+
+
+def _answer_index(table: Table, row: int, answer: str, options: tuple[str, ...], letters: list[str]) -> int:
+    answer = answer.strip()
+    if answer not in letters:
+        raise table.error(f"the answer must be one of {', '.join(letters)}", row=row, column="answer")
+    if not options[letters.index(answer)].strip():
+        raise table.error("the answer names a blank option", row=row, column="answer")
+    return letters.index(answer)
+
+
+def _letters(table: Table, row: int, text: str, known: list[str], top: int) -> list[str]:
+    """The letters of one prediction. Raises DataError as the site would refuse them."""
+    letters = text.split()
+    if not letters or len(letters) > top:
+        raise table.error(f"a prediction is 1 to {top} letters separated by spaces", row=row, column="prediction")
+    for letter in letters:
+        if letter not in known:
+            raise table.error(f"{letter!r} is no option ({known[0]} to {known[-1]})", row=row, column="prediction")
+    if len(set(letters)) != len(letters):
+        raise table.error("a letter is named twice", row=row, column="prediction")
+    return letters
+
+
+def _reorder(question: Question, order: np.ndarray) -> Question:
+    answer = None if question.answer is None else int(np.flatnonzero(order == question.answer)[0])
+    return replace(question, options=tuple(question.options[i] for i in order), answer=answer)

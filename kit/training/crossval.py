@@ -1,0 +1,224 @@
+"""Folds → fits → out-of-fold predictions, in one run folder that a second call continues. Knows no name of a task or a model.
+
+artifacts/runs/<recipe>-<hash8>/: recipe.toml, inputs.json, folds.npy, oof.parquet, metrics.json, curves.png, and one folder per fit
+(fold0 …, fold0-seed1 … with several seeds, full) holding its model and tokens, valid.npy, history.json and metrics.json (written last: the fit is done).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import filter_trackers
+
+from kit import assemble, manifest, runtime
+from kit.config import Recipe
+from kit.data.folds import make_folds
+from kit.data.tables import read_table
+from kit.errors import ConfigError, DependencyError
+from kit.metrics import bootstrap
+from kit.tasks import Task
+from kit.training.loop import fit
+from kit.training.track import JSONLines
+
+FULL = "full"
+_DEBUG_ROWS = 32
+
+
+class Run(NamedTuple):
+    """folder: of the run. metrics: {"oof": {name: {"value", "se"}}, "folds": {fit: {name: value}}}; "oof" only once every fold is fitted."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a recipe trains on: its own labelled examples in table order, and extra ones that are never validated on."""
+
+    own: list[Any]
+    extra: list[Any]
+    groups: list[str] | None
+    index: str | None
+    digest: str
+
+
+def train(
+    recipe: Recipe, *, artifacts: Path = Path("artifacts"), folds: Sequence[int] | None = None, full: bool = False, debug: bool = False
+) -> Run:
+    """Fit the recipe's folds (all, or the chosen ones, or one fit on everything) that are not fitted yet, and write OOF and metrics.
+
+    debug: a few rows and one epoch, in a run of its own. Runs under `accelerate launch` and `torchrun` as it is.
+    Raises ConfigError, DataError, BundleError.
+    """
+    runtime.go_offline()
+    if debug:
+        recipe = recipe.with_overrides([f'name="{recipe.name}-debug"', "train.epochs=1", "data.folds=2"])
+    assemble.check(recipe)
+    chosen = _chosen_folds(recipe, folds)
+    accelerator = _accelerator(recipe)
+    task = assemble.make_task(recipe)
+    with accelerator.main_process_first():
+        examples = read_examples(recipe, task, artifacts, rows=_DEBUG_ROWS if debug else None)
+        source = _backbone(recipe, examples, artifacts)
+        folder = artifacts / "runs" / f"{recipe.name}-{assemble.digest([recipe.digest, examples.digest, _weights_digest(source)])}"
+        numbers = _write_run(folder, recipe, task, examples)
+    _start_trackers(accelerator, recipe, folder)
+    trainer = _Trainer(recipe, task, examples, source, folder, numbers, accelerator)
+    if full:
+        trainer.fit(FULL, None, recipe.train.seeds[0])
+    else:
+        for fold in chosen:
+            for seed in recipe.train.seeds:
+                trainer.fit(fit_name(recipe, fold, seed), fold, seed)
+    accelerator.end_training()
+    with accelerator.main_process_first():
+        return Run(folder, summarise(folder, recipe, task, examples.own, numbers, write=accelerator.is_main_process))
+
+
+def read_examples(recipe: Recipe, task: Task, artifacts: Path, *, rows: int | None = None) -> Examples:
+    """The labelled examples of the recipe's tables, with contexts where the recipe retrieves them. Raises DataError."""
+    base = Path(recipe.data.folder)
+    table = read_table(base / recipe.data.train)
+    if recipe.data.group is not None and recipe.data.group not in table.frame:
+        raise table.error(f"data.group = {recipe.data.group!r} is no column (columns: {', '.join(table.frame.columns)})")
+    own = task.read(table)[:rows]
+    extra = [example for name in recipe.data.extra for example in task.read(read_table(base / name))[:rows]]
+    for label, some in (("data.train", own), ("data.extra", extra)):
+        unknown = np.flatnonzero(np.asarray(task.targets(some)).reshape(len(some), -1)[:, 0] == -1) if some else []
+        if len(unknown):
+            raise ConfigError(f"{label}: example {int(unknown[0]) + 1} has no answer: give a table with an answer column")
+    if recipe.retrieve:
+        both = assemble.cached_contexts([*own, *extra], task, recipe, artifacts)
+        own, extra = both[: len(own)], both[len(own) :]
+    groups = table.frame[recipe.data.group].tolist()[:rows] if recipe.data.group else None
+    files = [manifest.sha256(base / name) for name in (recipe.data.train, *recipe.data.extra)]
+    index = assemble.index_name(recipe) if recipe.retrieve else None
+    return Examples(own, extra, groups, index, assemble.digest([files, index, rows]))
+
+
+def fit_name(recipe: Recipe, fold: int, seed: int) -> str:
+    """Folder name of a fit: fold0, or fold0-seed1 with several seeds."""
+    return f"fold{fold}" if len(recipe.train.seeds) == 1 else f"fold{fold}-seed{seed}"
+
+
+def summarise(folder: Path, recipe: Recipe, task: Task, own: Sequence[Any], numbers: np.ndarray, *, write: bool) -> dict[str, Any]:
+    """Metrics per fit and, when every fold is there, of the OOF predictions (mean over seeds), with bootstrap standard errors."""
+    done = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/metrics.json"))}
+    metrics: dict[str, Any] = {"folds": done}
+    names = [[fit_name(recipe, fold, seed) for seed in recipe.train.seeds] for fold in range(recipe.data.folds)]
+    if all(name in done for fold in names for name in fold):
+        parts = [np.mean([np.load(folder / name / "valid.npy") for name in fold], axis=0) for fold in names]
+        oof = np.empty((len(own), parts[0].shape[1]), np.float32)
+        for fold, part in enumerate(parts):
+            oof[numbers == fold] = part
+        targets = task.targets(own)
+        metrics["oof"] = {name: bootstrap(metric, oof, targets)._asdict() for name, metric in task.metrics.items()}
+        if write:
+            write_oof(folder / "oof.parquet", own, numbers, targets, oof)
+    if write:
+        manifest.write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1))
+    return metrics
+
+
+def write_oof(path: Path, own: Sequence[Any], numbers: np.ndarray, targets: np.ndarray, oof: np.ndarray) -> None:
+    """id, fold, target(s) and one column p0 … per score, in the order of the training table."""
+    columns = {"id": [example.id for example in own], "fold": numbers}
+    columns |= {f"t{k}": column for k, column in enumerate(targets.reshape(len(own), -1).T)}
+    columns |= {f"p{k}": column for k, column in enumerate(oof.T)}
+    part = path.with_suffix(".part")
+    pd.DataFrame(columns).to_parquet(part, index=False)
+    part.replace(path)
+
+
+@dataclass
+class _Trainer:
+    recipe: Recipe
+    task: Task
+    examples: Examples
+    source: Path
+    folder: Path
+    numbers: np.ndarray
+    accelerator: Accelerator
+
+    def fit(self, name: str, fold: int | None, seed: int) -> None:
+        """One fit, unless it is done: on the other folds and the extra examples, or (fold None) on everything."""
+        folder = self.folder / name
+        if (folder / "metrics.json").is_file():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state").mkdir(exist_ok=True)
+        inside = np.full(len(self.numbers), False) if fold is None else self.numbers == fold
+        own = self.examples.own
+        training = [own[row] for row in np.flatnonzero(~inside)] + self.examples.extra
+        valid = [own[row] for row in np.flatnonzero(inside)]
+        runtime.seed_everything(seed)
+        model = assemble.create_model(self.recipe, self.task, self.source)
+        model.reinit_layers(self.recipe.train.reinit_layers)
+        chosen = runtime.choose(self.recipe.train.precision, str(self.accelerator.device))
+        tokens = assemble.load_tokens(self.recipe, self.source)
+        result = fit(
+            model, self.task, tokens, training, valid,
+            settings=self.recipe.train, runtime=chosen, accelerator=self.accelerator, folder=folder, seed=seed,
+            batch_tokens=self.recipe.infer.batch_tokens, label=name,
+        )  # fmt: skip
+        if self.accelerator.is_main_process:
+            tokens.save(folder)
+            np.save(folder / "valid.npy", result.prediction)
+            manifest.write_atomically(folder / "metrics.json", json.dumps(result.metrics))
+
+
+def _write_run(folder: Path, recipe: Recipe, task: Task, examples: Examples) -> np.ndarray:
+    """Recipe and folds of the run; gives the fold of each example (N,) int8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.write_atomically(folder / "recipe.toml", recipe.to_toml())
+    manifest.write_atomically(folder / "inputs.json", json.dumps({"index": examples.index, "rows": len(examples.own), "extra": len(examples.extra)}))
+    data = recipe.data
+    numbers = make_folds(len(examples.own), data.folds, by=data.fold_by, strata=task.strata(examples.own), groups=examples.groups, seed=data.fold_seed)
+    np.save(folder / "folds.npy", numbers)
+    return numbers
+
+
+def _backbone(recipe: Recipe, examples: Examples, artifacts: Path) -> Path:
+    """The backbone's folder; a new one learns its tokenizer from the texts of the examples, and is shared by runs of equal settings."""
+    task = assemble.make_task(recipe)
+    every = [*examples.own, *examples.extra]
+    name = assemble.digest([recipe.model.model_dump(mode="json"), recipe.train.seeds[0], examples.digest])
+    texts = [f"{getattr(example, 'context', '')} {query}" for example, query in zip(every, task.queries(every, "prompt_options"), strict=True)]
+    return assemble.backbone(recipe, artifacts / "backbones" / name, Path(recipe.data.folder), texts)
+
+
+def _weights_digest(source: Path) -> str:
+    return assemble.digest([[path.name, manifest.sha256(path)] for path in sorted(source.glob("*.safetensors"))])
+
+
+def _start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> None:
+    """JSON lines in log.jsonl, or what the recipe names, inside the run folder and without network."""
+    chosen = recipe.train.tracker
+    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.log_with = [JSONLines(folder / "log.jsonl")] if chosen == "jsonl" else filter_trackers(chosen, logging_dir=str(folder))
+    if not accelerator.log_with:
+        raise DependencyError(f'train.tracker = "{chosen}" needs its package: pip install {chosen}, or set train.tracker = "jsonl"')
+    accelerator.init_trackers(recipe.name, init_kwargs={"wandb": {"mode": "offline", "dir": str(folder)}})
+
+
+def _chosen_folds(recipe: Recipe, folds: Sequence[int] | None) -> Sequence[int]:
+    for fold in folds or ():
+        if not 0 <= fold < recipe.data.folds:
+            raise ConfigError(f"--folds {fold}: the recipe has folds 0 to {recipe.data.folds - 1}")
+    return range(recipe.data.folds) if folds is None else folds
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    chosen = runtime.choose(recipe.train.precision)
+    return Accelerator(
+        cpu=chosen.device.type == "cpu",
+        mixed_precision="no",  # the loop does its own, the same on CPU and CUDA
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # BERT's own pooler gets no gradient
+    )
