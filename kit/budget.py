@@ -41,8 +41,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not self.total_s > 0:
             raise BudgetError(f"budget of {self.total_s} s: give a positive number of seconds")
-        if self.reserve_s is None:
-            self.reserve_s = min(max(60.0, 0.03 * self.total_s), self.total_s / 2)
+        usual = min(max(60.0, 0.03 * self.total_s), self.total_s / 2)
+        self.reserve_s = usual if self.reserve_s is None else self.reserve_s
         if not 0 <= self.reserve_s < self.total_s:
             raise BudgetError(f"reserve of {self.reserve_s} s does not fit into a budget of {self.total_s} s: lower the reserve or raise the budget")
         used = seconds_since_process_start() if self.used_s is None else self.used_s
@@ -54,7 +54,7 @@ class Budget:
 
     def remaining(self) -> float:
         """Seconds of work left before the reserve begins; negative when it has begun."""
-        return self.total_s - self.reserve_s - self.elapsed()
+        return self.total_s - (self.reserve_s or 0.0) - self.elapsed()
 
     def affords(self, seconds: float) -> bool:
         """Whether work of this length would end before the reserve begins."""

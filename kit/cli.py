@@ -14,14 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kit import __version__
 from kit.budget import NINE_HOURS_S, Budget
 from kit.config import Recipe, shipped_recipes
 from kit.errors import KitError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help="Offline competition submission kit: sample → index → train → pack → infer → score, without internet.",
 )  # fmt: skip
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -30,6 +28,12 @@ Artifacts = Annotated[Path, typer.Option(help="Folder for everything that is mad
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
 
 _TASK = "multiple_choice"
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Before the verb: show the traceback of an error.")] = False) -> None:
+    """Offline competition submission kit: sample → index → train → pack → infer → score, without internet."""
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
 @app.command(epilog="Example: kit sample artifacts/sample")
@@ -167,7 +171,6 @@ def dry_run(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; turn errors into one line and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code = app(arguments, standalone_mode=False, prog_name="kit")
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kit.runtime import Runtime
+from kit.runtime import Runtime, free_memory
 from kit.tasks import Feature, Task, Tokens
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -48,8 +48,7 @@ def stream(
         except (MemoryError, RuntimeError) as error:
             if len(indices) == 1 or not _is_out_of_memory(error):
                 raise
-            if runtime.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory()
             waiting = [half for batch in [*waiting, indices] for half in (batch[len(batch) // 2 :], batch[: len(batch) // 2]) if half]
 
 

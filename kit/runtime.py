@@ -5,6 +5,7 @@ torch is imported inside functions, so importing this costs nothing. Knows no ta
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -77,6 +78,15 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def free_memory() -> None:
+    """Give back what dropped models held, on the GPU too."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def go_offline() -> None:

@@ -15,8 +15,12 @@ _RIDGE = 1e-3  # pulls weights together where members agree, so that they do not
 
 
 def fit_weights(predictions: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
-    """Weights w ≥ 0 (M,) of M members' OOF probabilities (N, C), the ones that make the right options (N,) most likely."""
+    """Weights w ≥ 0 (M,) of M members' OOF probabilities (N, C), the ones that make the right options (N,) most likely.
+
+    A row that a member did not score (NaN) is fitted on the others alone.
+    """
     logs = np.stack([_log(prediction) for prediction in predictions])  # (M, N, C)
+    logs = np.where(np.isfinite(logs).all(-1, keepdims=True), logs, 0.0)
     rows = np.arange(len(targets))
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -31,13 +35,17 @@ def fit_weights(predictions: Sequence[np.ndarray], targets: np.ndarray) -> np.nd
 
 
 def pool(predictions: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """Pooled probabilities (N, C) float32. A row that a member did not score (NaN) is pooled from the others; NaN where nobody did."""
+    """Pooled probabilities (N, C) float32. A row that a member did not score (NaN) is pooled from the others; NaN where nobody did.
+
+    Where all who scored a row have weight 0 they are trusted alike: a poor member's ranking is worth more than none.
+    """
     logs = np.stack([_log(prediction) for prediction in predictions])
     scored = np.isfinite(logs).all(-1)  # (M, N)
-    weights = weights if weights.any() else np.ones(len(logs))  # no member better than chance: trust all alike
-    pooled = np.einsum("m,mnc->nc", weights, np.where(scored[..., None], logs, 0.0))
+    trust = np.where(scored, weights[:, None], 0.0)
+    trust = np.where(trust.any(0), trust, scored)  # (M, N)
+    pooled = np.einsum("mn,mnc->nc", trust, np.where(scored[..., None], logs, 0.0))
     blended = np.exp(pooled - _logsumexp(pooled))
-    blended[~(scored & (weights > 0)[:, None]).any(0)] = np.nan
+    blended[~scored.any(0)] = np.nan
     return blended.astype(np.float32)
 
 

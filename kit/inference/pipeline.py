@@ -5,7 +5,6 @@ The file is valid from the first seconds on and better after every fit: fallback
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from kit import assemble, manifest, paths, runtime
@@ -107,7 +105,7 @@ class Outcome:
     def save(self, folder: Path) -> None:
         """Write outcome.json, and each member's predictions (N, C), rows as in the test set, into predictions.npz."""
         manifest.write_atomically(folder / "outcome.json", json.dumps(self.summary(), indent=1))
-        np.savez(folder / "predictions.npz", **self.predictions)
+        np.savez(folder / "predictions.npz", **self.predictions)  # type: ignore[arg-type]
 
 
 def infer(
@@ -236,7 +234,7 @@ class _Inference:
                     break
         mine.add(task.decode(list(scored.values()), [features[index] for index in scored], examples))
         del model, batches
-        _free_memory()
+        runtime.free_memory()
 
     def _rewrite(self, progress: dict[str, Progress], weights: np.ndarray, members: list[Member]) -> None:
         if any(mine.count.any() for mine in progress.values()):
@@ -259,9 +257,3 @@ class _Inference:
 def _context_key(member: Member) -> str:
     settings = member.recipe.retrieve
     return assemble.digest([member.index, settings and settings.model_dump(mode="json")])
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

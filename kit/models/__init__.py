@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MODELS = {
     "encoder": "kit.models.encoder:Encoder",
+    "rules": "kit.models.rules:Rules",
 }
 
 

@@ -32,13 +32,14 @@ class Encoder(nn.Module):
         if pooling != "none" and pooling not in POOLINGS:
             raise ConfigError(f"model.pooling = {pooling!r} is unknown{nearest(pooling, [*POOLINGS, 'none'])}")
         self.backbone = AutoModel.from_config(config, trust_remote_code=False)
-        self.pool = None if pooling == "none" else POOLINGS[pooling](config.hidden_size)
+        pool: Any = None if pooling == "none" else POOLINGS[pooling](config.hidden_size)
+        self.pool = pool
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.pool.width if self.pool else config.hidden_size, outputs)
+        self.head = nn.Linear(pool.width if pool else config.hidden_size, outputs)
         self.gives = "row" if self.pool else "token"
         self._takes_types = getattr(config, "type_vocab_size", 0) > 1
-        if hasattr(self.pool, "init_head"):
-            self.pool.init_head(self.head)
+        if hasattr(pool, "init_head"):
+            pool.init_head(self.head)
         else:
             nn.init.normal_(self.head.weight, std=getattr(config, "initializer_range", 0.02))
             nn.init.zeros_(self.head.bias)

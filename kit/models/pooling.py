@@ -21,6 +21,7 @@ class MeanPooling(nn.Module):
         self.width = hidden_size
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """(R, T, H) → (R, width)."""
         return _mean(hidden, batch["attention_mask"])
 
 
@@ -32,6 +33,7 @@ class FirstPooling(nn.Module):
         self.width = hidden_size
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """(R, T, H) → (R, width)."""
         return hidden[:, 0]
 
 
@@ -43,6 +45,7 @@ class MaxPooling(nn.Module):
         self.width = hidden_size
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """(R, T, H) → (R, width)."""
         padding = batch["attention_mask"].unsqueeze(-1) == 0
         return hidden.masked_fill(padding, torch.finfo(hidden.dtype).min).amax(1)
 
@@ -56,6 +59,7 @@ class AttentionPooling(nn.Module):
         self.score = nn.Linear(hidden_size, 1)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """(R, T, H) → (R, width)."""
         score = self.score(hidden).squeeze(-1).float()  # (R, T)
         weight = score.masked_fill(batch["attention_mask"] == 0, -torch.inf).softmax(-1)
         return torch.einsum("rt,rth->rh", weight.to(hidden.dtype), hidden)
@@ -75,6 +79,7 @@ class MatchPooling(nn.Module):
         self.hidden_size = hidden_size
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """(R, T, H) → (R, width)."""
         hidden = hidden.float()
         text, pair = batch["segment"] == 0, batch["segment"] == 1
         u, v = F.normalize(_mean(hidden, text), dim=-1), F.normalize(_mean(hidden, pair), dim=-1)

@@ -115,16 +115,31 @@ def _arrays(encoding: RustEncoding, first: int) -> Encoding:
 
 
 def train_wordpiece(texts: Iterable[str], folder: Path, *, vocab_size: int) -> None:
-    """Train an uncased WordPiece tokenizer on the texts and write its tokenizer.json (deterministic for the same texts)."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = [AddedToken(name, special=True) for name in _SPECIAL]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    tokenizer.post_processor = processors.TemplateProcessing(
+    """Train an uncased WordPiece tokenizer on the texts and write its tokenizer.json (the same bytes for the same texts)."""
+    texts = list(texts)
+    tokenizer = _untrained(models.WordPiece(unk_token="[UNK]"))
+    # the trainer numbers "##a" … in the order of a hash table, and breaks ties by number: names given beforehand keep theirs
+    fixed = [*_SPECIAL, *_inner_letters(tokenizer, texts)]
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=False))
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    trained = _untrained(models.WordPiece(vocab, unk_token="[UNK]"))  # anew, without "##a" … as special tokens
+    trained.add_special_tokens([AddedToken(name, special=True) for name in _SPECIAL])
+    cls, sep = vocab["[CLS]"], vocab["[SEP]"]
+    trained.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(Path(folder) / FILE))
+    trained.save(str(Path(folder) / FILE))
+
+
+def _untrained(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _inner_letters(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """The pieces "##a" … for every letter that stands inside a word of the texts, sorted."""
+    words = {word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))}
+    return [f"##{letter}" for letter in sorted({letter for word in words for letter in word[1:]})]

@@ -10,8 +10,8 @@ import numpy as np
 
 
 class _Question(Protocol):
-    prompt: str
-    options: tuple[str, ...]
+    @property
+    def options(self) -> tuple[str, ...]: ...
 
 
 def longest(questions: Sequence[_Question]) -> np.ndarray:

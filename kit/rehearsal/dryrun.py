@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from kit import assemble, manifest, runtime
-from kit.config import Recipe
 from kit.data.tables import read_table
 from kit.errors import KitError
 from kit.metrics import Estimate, bootstrap

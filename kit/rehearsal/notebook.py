@@ -42,7 +42,7 @@ def run_notebook(notebook: Path, working: Path, *, input_folder: Path, timeout_s
         shutil.copyfile(guard.__file__, seal / "sitecustomize.py")
         document = nbformat.read(notebook, as_version=4)
         manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(Path(short) / "kernel"))
-        manager.kernel_spec.argv[0] = runtime.python()
+        manager.kernel_spec.argv[0] = runtime.python()  # type: ignore[union-attr]
         client = NotebookClient(document, km=manager, timeout=int(timeout_s), resources={"metadata": {"path": str(working)}})
         environment = runtime.kernel_environment(input_folder, seal)
         try:

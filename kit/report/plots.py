@@ -22,7 +22,7 @@ def draw_curves(run: Path) -> Path:
         loss.plot(_smooth(values), label=name)
         rate.plot([step[1] for step in history["steps"]], label=name)
         if history["epochs"] and len(history["epochs"][0]) > 2:
-            first = [key for key in history["epochs"][0] if key not in ("epoch", "loss")][0]
+            first = next(key for key in history["epochs"][0] if key not in ("epoch", "loss"))
             metric.plot([epoch["epoch"] + 1 for epoch in history["epochs"]], [epoch[first] for epoch in history["epochs"]], "o-", label=name)
             metric.set_title(f"validation {first} per epoch")
     loss.set_title("training loss per step (smoothed)")

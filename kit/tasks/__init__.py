@@ -31,8 +31,15 @@ TASKS = {
 class Table(Protocol):
     """A checked table of texts, as kit.data.tables reads it."""
 
-    source: str
-    frame: pd.DataFrame
+    @property
+    def source(self) -> str:
+        """The file."""
+        ...
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """(N, columns) of str."""
+        ...
 
     def error(self, why: str, *, row: int | None = None, column: str | None = None) -> DataError:
         """The DataError that names this file, the row (0-based position in `frame`), the column and the value there."""

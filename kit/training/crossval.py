@@ -91,7 +91,7 @@ def read_examples(recipe: Recipe, task: Task, artifacts: Path, *, rows: int | No
     own = task.read(table)[:rows]
     extra = [example for name in recipe.data.extra for example in task.read(read_table(base / name))[:rows]]
     for label, some in (("data.train", own), ("data.extra", extra)):
-        unknown = np.flatnonzero(np.asarray(task.targets(some)).reshape(len(some), -1)[:, 0] == -1) if some else []
+        unknown = np.flatnonzero(np.asarray(task.targets(some)).reshape(len(some), -1)[:, 0] == -1) if some else np.empty(0)
         if len(unknown):
             raise ConfigError(f"{label}: example {int(unknown[0]) + 1} has no answer: give a table with an answer column")
     if recipe.retrieve:

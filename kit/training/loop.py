@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 from tqdm import tqdm
 
 from kit.config import TrainPart
@@ -59,7 +58,7 @@ class _State:
 
 
 def fit(
-    model: nn.Module,
+    model: Any,
     task: Task,
     tokens: Tokens,
     train: Sequence[Any],
@@ -82,7 +81,7 @@ def fit(
 
 @dataclass
 class _Fitting:
-    model: nn.Module
+    model: Any
     task: Task
     tokens: Tokens
     train: Sequence[Any]
@@ -157,11 +156,11 @@ class _Fitting:
 
     def _backward(self, features: list[Feature], weight: float) -> torch.Tensor:
         batch = {name: tensor.to(self.runtime.device) for name, tensor in self.task.collate(features, self.tokens).items()}
-        embeddings = self.model.input_embeddings
-        before = embeddings.grad.clone() if self.settings.fgm and embeddings.grad is not None else None
+        embeddings = self.model.input_embeddings if self.settings.fgm else None
+        before = None if embeddings is None or embeddings.grad is None else embeddings.grad.clone()
         loss = self._loss(batch) * weight
         self.scaler.scale(loss).backward()
-        if self.settings.fgm:
+        if embeddings is not None:
             with fgm(embeddings, self.settings.fgm, before=before) as moved:
                 if moved:
                     self.scaler.scale(self._loss(batch) * weight).backward()

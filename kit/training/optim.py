@@ -16,7 +16,7 @@ from kit.config import TrainPart
 from kit.errors import ConfigError
 
 
-def parameter_groups(model: nn.Module, settings: TrainPart) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, settings: TrainPart) -> list[dict[str, Any]]:
     """Optimizer groups covering every trainable parameter once: the rate falls by `llrd` per layer below the head.
 
     The top group (pooling, head) has `head_lr`, or `lr`; layer L has lr·llrd, … the bottom lr·llrd^L (with llrd = 1: lr everywhere).
@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, settings: TrainPart) -> list[dict[str, An
     return groups
 
 
-def freeze(model: nn.Module, *, embeddings: bool, layers: int) -> None:
+def freeze(model: Any, *, embeddings: bool, layers: int) -> None:
     """Stop gradients of the bottom group (embeddings) and of the lowest `layers` layers (which includes the bottom). Raises ConfigError."""
     groups = model.layer_groups()
     if layers > len(groups) - 2:

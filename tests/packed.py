@@ -1,0 +1,141 @@
+"""A small competition, runs trained on it and their bundles: real ones, made once per test session in seconds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from kit.sample import write_sample
+
+TRAIN_ROWS, TEST_ROWS, PASSAGES = 24, 10, 40
+NAMES = ("plain", "reader", "second-reader")
+RECIPE = """
+[task]
+kind = "multiple_choice"
+max_length = 64
+
+[model]
+kind = "encoder"
+source = "scratch"
+vocab_size = 400
+pooling = "{pooling}"
+
+[model.config]
+model_type = "bert"
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 32
+max_position_embeddings = 128
+
+[data]
+folder = {folder}
+folds = 2
+{retrieve}
+[train]
+epochs = 1
+batch_size = 4
+lr = {lr}
+"""
+RETRIEVE = """
+[retrieve]
+corpus = "passages.jsonl"
+
+[retrieve.context]
+passages = 1
+max_chars = 200
+"""
+
+
+class Workshop(NamedTuple):
+    """root: a folder with recipes (*.toml), `competition` and `artifacts`. bundles: packed below artifacts/bundles."""
+
+    root: Path
+
+    @property
+    def competition(self) -> Path:
+        """train.csv, test.csv, test_answers.csv, sample_submission.csv, passages.jsonl."""
+        return self.root / "competition"
+
+    @property
+    def artifacts(self) -> Path:
+        """What training and packing made."""
+        return self.root / "artifacts"
+
+    @property
+    def bundles(self) -> Path:
+        """The folder of bundles."""
+        return self.artifacts / "bundles"
+
+    @property
+    def runs(self) -> dict[str, Path]:
+        """Run folders by recipe."""
+        return {name: next((self.artifacts / "runs").glob(f"{name}-????????")) for name in NAMES}
+
+    @property
+    def members(self) -> dict[str, Path]:
+        """Member bundles by recipe."""
+        return {name: self.bundles / run.name for name, run in self.runs.items()}
+
+
+@cache
+def workshop() -> Workshop:
+    """Three members of two folds each: `plain` reads no context, `reader` and `second-reader` share an index. Not to be changed: use `copy`."""
+    from kit.config import Recipe
+    from kit.training.crossval import train
+    from kit.vendor.bundle import pack
+
+    shop = Workshop(Path(_kept.name) / "shop")
+    write_competition(shop.competition)
+    for name, pooling, retrieve, lr in zip(NAMES, ("mean", "match", "match"), ("", RETRIEVE, RETRIEVE), (1e-3, 1e-3, 3e-3), strict=True):
+        write_recipe(shop.root / f"{name}.toml", shop.competition, pooling=pooling, retrieve=retrieve, lr=lr)
+    runs = [train(Recipe.load(shop.root / f"{name}.toml"), artifacts=shop.artifacts).folder for name in NAMES]
+    pack(runs, artifacts=shop.artifacts)
+    return shop
+
+
+def copy(folder: Path) -> Workshop:
+    """The workshop in a folder of its own, to be changed or damaged."""
+    shutil.copytree(workshop().root, folder / "shop")
+    return Workshop(folder / "shop")
+
+
+def write_recipe(path: Path, competition: Path, *, pooling: str = "match", retrieve: str = "", lr: float = 1e-3) -> Path:
+    """A recipe that trains in a second or two."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(RECIPE.format(folder=json.dumps(str(competition)), pooling=pooling, retrieve=retrieve, lr=lr), encoding="utf-8")
+    return path
+
+
+def write_competition(folder: Path) -> Path:
+    """The first rows and passages of the sample competition."""
+    write_sample(folder)
+    for name in ("train", "test", "test_answers", "sample_submission"):
+        rows = read_rows(folder / f"{name}.csv")
+        write_rows(folder / f"{name}.csv", rows[: 1 + (TRAIN_ROWS if name == "train" else TEST_ROWS)])
+    lines = (folder / "passages.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "passages.jsonl").write_text("".join(lines[:PASSAGES]), encoding="utf-8")
+    return folder
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """A CSV's rows, the header first."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def write_rows(path: Path, rows: Iterable[Iterable[str]]) -> Path:
+    """Write rows, the header first, as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    return path
+
+
+_kept = tempfile.TemporaryDirectory(prefix="kit-tests-")  # removed when the session ends

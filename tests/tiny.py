@@ -1,0 +1,171 @@
+"""Small real models, tokenizers, questions and tables, built in code in milliseconds. Knows no test."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModel
+
+from kit.config import Recipe
+from kit.models.encoder import Encoder
+from kit.models.tokens import FILE, HFTokens, train_wordpiece
+from kit.tasks.multiple_choice import LETTERS, Question
+
+TEXTS = (
+    "Albedo is the share of light that a surface sends back. Fresh snow has a high albedo and dark soil a low one.",
+    "Entropy measures disorder. The second law says that entropy never falls in an isolated system.",
+    "The speed of light in vacuum is the same for every observer, whatever the motion of its source.",
+    "An enzyme is a catalyst. Enzymes speed up the reactions in cells and are not used up by them.",
+    "Mitosis divides the nucleus of a cell; two daughter nuclei with equal chromosomes follow.",
+    "A magnet that moves through a coil drives an electric current in it, as Faraday found.",
+    "Plates of the crust collide, and where one dives below the other a trench and volcanoes form.",
+    "Plants bind carbon dioxide with the energy of sunlight, and oxygen is set free.",
+    "The moon raises tides on two sides of the Earth, for its pull falls with distance.",
+    "Naïve café, 10⁻¹⁰ m, Größe, 物理学 and Ωμέγα are words of other scripts.",
+)
+_WORDS = (*TEXTS, *("Which words stand in text 0 1 2 3 4 5 6 7 8 9?",) * 3)
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.2}
+_DEBERTA = {
+    **_SIZES,
+    "model_type": "deberta-v2",
+    "max_position_embeddings": 64,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 8,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
+_DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "initializer_range": 0.2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {**_SIZES, "model_type": "bert", "max_position_embeddings": 64},
+    "deberta": {**_DEBERTA, "share_att_key": True},
+    "deberta_conv": {**_DEBERTA, "share_att_key": False, "conv_kernel_size": 3, "conv_act": "gelu"},
+    "electra": {**_SIZES, "model_type": "electra", "max_position_embeddings": 64, "embedding_size": 8},
+    "distilbert": {**_DISTILBERT, "model_type": "distilbert", "max_position_embeddings": 64},
+    "roberta": {**_SIZES, "model_type": "roberta", "max_position_embeddings": 66, "type_vocab_size": 1},
+}
+"""Settings of every encoder family, 64 positions, 16 dimensions, 2 layers."""
+LAYERS, HIDDEN, POSITIONS = 2, 16, 64
+
+RETRIEVERS: dict[str, dict[str, Any]] = {"bm25": {}, "dense": {"model": "{encoder}"}, "hybrid": {"dense": {"model": "{encoder}"}}}
+"""Options for `build` of every retriever; "{encoder}" stands for a folder that `encoder_folder` wrote."""
+
+
+def tokens(folder: Path, *, byte_level: bool = False, vocab_size: int = 500, limit: int = POSITIONS) -> HFTokens:
+    """The tokens of a tokenizer trained on TEXTS and written into `folder`: WordPiece as BERT's, or byte-level BPE as RoBERTa's."""
+    if byte_level:
+        train_byte_level(folder, vocab_size=vocab_size)
+    else:
+        train_wordpiece(_WORDS, folder, vocab_size=vocab_size)
+    return HFTokens(folder, limit=limit)
+
+
+def train_byte_level(folder: Path, *, vocab_size: int = 500) -> None:
+    """RoBERTa's kind of tokenizer: no unknown token, "<s> text </s></s> pair </s>", <pad> has id 1."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_WORDS, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=False, add_prefix_space=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / FILE))
+
+
+def encoder_folder(path: Path, family: str = "bert", *, seed: int = 0, dropout: float = 0.0, **changes: Any) -> Path:
+    """A Hugging Face encoder folder (config.json, model.safetensors, tokenizer.json) with random weights; `changes` go to its config."""
+    settings = {**FAMILIES[family], **changes}
+    kind = settings.pop("model_type")
+    made = tokens(path, byte_level=kind == "roberta")
+    drops = {"dropout": dropout, "attention_dropout": dropout}
+    if kind != "distilbert":
+        drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = AutoConfig.for_model(kind, vocab_size=len(made), pad_token_id=made.pad_id, **drops, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModel.from_config(config).save_pretrained(path)
+    return path
+
+
+def encoder(path: Path, family: str = "bert", *, outputs: int = 1, seed: int = 0, **options: Any) -> Encoder:
+    """A model on the backbone of `encoder_folder`, written into `path` if there is none; no dropout unless asked for."""
+    if not (path / "config.json").is_file():
+        encoder_folder(path, family, seed=seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Encoder.create(path, outputs=outputs, **{"dropout": 0.0, **options})
+
+
+def questions(n: int, options: int = 5, *, answers: bool = True, context: bool = True) -> list[Question]:
+    """Different questions about TEXTS with `options` options each; the right one is what the context says (without context: "")."""
+    return [_question(row, options, answers, TEXTS[row % len(TEXTS)] if context else "") for row in range(n)]
+
+
+def _question(row: int, options: int, answers: bool, context: str) -> Question:
+    start, answer = row // len(TEXTS) % 5, (3 * row + row // options) % options
+    choices = [_words(row + 1 + i, start) + (f" {i}" if i + 1 >= len(TEXTS) else "") for i in range(options)]
+    choices[answer] = _words(row, start)
+    return Question(f"q{row}", f"Which words stand in text {row}?", tuple(choices), answer if answers else None, context)
+
+
+def _words(text: int, start: int) -> str:
+    return " ".join(TEXTS[text % len(TEXTS)].split()[start : start + 4])
+
+
+def write_questions(path: Path, examples: Sequence[Question], *, answers: bool = True, context: bool = False) -> Path:
+    """The questions as a CSV in the competition's format: id, prompt, A, B, …, and answer and context if wanted."""
+    letters = LETTERS[: len(examples[0].options)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "prompt", *letters, *["answer"] * answers, *["context"] * context])
+        for question in examples:
+            right = [LETTERS[question.answer]] if answers and question.answer is not None else [""] * answers
+            writer.writerow([question.id, question.prompt, *question.options, *right, *[question.context] * context])
+    return path
+
+
+def write_corpus(path: Path, texts: Sequence[str] = TEXTS) -> Path:
+    """The texts as a passages file with columns id and text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("id", "text"), *((f"p{i}", text) for i, text in enumerate(texts))])
+    return path
+
+
+def recipe(folder: Path, *overrides: str, source: str = "encoder", retrieve: bool = False, **parts: Any) -> Recipe:
+    """A recipe on the data in `folder`, fp32 and without dropout, whose backbone is `folder`/`source` unless `parts` say otherwise."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "task": {"kind": "multiple_choice", "max_length": 48},
+        "model": {"kind": "encoder", "source": source, "dropout": 0.0},
+        "data": {"folder": str(folder), "folds": 2},
+        "train": {"epochs": 1, "batch_size": 4, "lr": 1e-3, "precision": "fp32"},
+        "infer": {"precision": "fp32"},
+    }
+    if retrieve:
+        values["retrieve"] = {"corpus": "passages.csv", "retriever": {"kind": "bm25"}, "context": {"passages": 2}}
+    for name, part in parts.items():
+        values[name] = {**values.get(name, {}), **part} if isinstance(part, dict) else part
+    return Recipe.of(values).with_overrides(overrides)
+
+
+def competition(folder: Path, *, train: int = 12, test: int = 6, options: int = 5) -> Path:
+    """A folder with train.csv, test.csv, test_answers.csv, sample_submission.csv, passages.csv and a BERT in `encoder`."""
+    examples = questions(train + test, options)
+    write_questions(folder / "train.csv", examples[:train])
+    write_questions(folder / "test.csv", examples[train:], answers=False)
+    for name, column in (("test_answers.csv", "answer"), ("sample_submission.csv", "prediction")):
+        texts = ["A B C" if column == "prediction" else LETTERS[question.answer or 0] for question in examples[train:]]
+        lines = [f"{question.id},{text}" for question, text in zip(examples[train:], texts, strict=True)]
+        (folder / name).write_text("\n".join([f"id,{column}", *lines]) + "\n", encoding="utf-8")
+    write_corpus(folder / "passages.csv")
+    encoder_folder(folder / "encoder")
+    return folder
