@@ -11,11 +11,13 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from kit import manifest
 from kit.config import Recipe, RetrievePart
@@ -34,8 +36,8 @@ _BACKBONE_OPTIONS = ("source", "config", "vocab_size")  # settings of model.* th
 def make_task(recipe: Recipe) -> Task:
     """The task with the recipe's settings. Raises ConfigError for an unknown kind or setting."""
     kind = _entry(TASKS, recipe.task.kind, "task")
-    known = [field.name for field in fields(kind)]
-    _check_options("task", recipe.task.options, known)
+    hints = get_type_hints(kind)
+    _check_options("task", recipe.task.options, {field.name: hints[field.name] for field in fields(kind)})
     return kind(**recipe.task.options)
 
 
@@ -45,20 +47,21 @@ def task_of_kind(kind: str) -> Task:
 
 
 def check(recipe: Recipe) -> None:
-    """Everything that can be refused before time is spent: kinds, settings, and whether task and model fit. Raises ConfigError."""
+    """Everything that can be refused before time is spent: kinds, and their settings' names and types. Raises ConfigError."""
     make_task(recipe)
     kind = _entry(MODELS, recipe.model.kind, "model")
-    known = [name for name, p in inspect.signature(kind.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "outputs"]
-    _check_options("model", recipe.model.options, [*known, *_BACKBONE_OPTIONS])
+    invented = _keywords(kind.invent, but="seed")
+    _check_options("model", recipe.model.options, {"source": str, **_keywords(kind.__init__, but="outputs"), **invented})
     source = recipe.model.options.get("source")
-    if not isinstance(source, str):
+    if source is None:
         raise ConfigError('model.source is missing: give a model folder, package:NAME, or "scratch"')
-    if (source == SCRATCH) != ("config" in recipe.model.options):
-        raise ConfigError(f'model.source = "{source}" and model.config disagree: model.config is for source = "{SCRATCH}", and needed there')
+    if source == SCRATCH and "config" not in recipe.model.options:
+        raise ConfigError(f'model.source = "{SCRATCH}" needs model.config, the settings of the model to invent')
+    for name in invented if source != SCRATCH else ():
+        if name in recipe.model.options:
+            raise ConfigError(f'model.source = "{source}" and model.{name} disagree: model.{name} is for source = "{SCRATCH}" only')
     if recipe.retrieve:
-        retriever = _entry(RETRIEVERS, recipe.retrieve.retriever.kind, "retrieve.retriever")
-        options = inspect.signature(retriever.build).parameters.values()
-        _check_options("retrieve.retriever", recipe.retrieve.retriever.options, [p.name for p in options if p.kind is p.KEYWORD_ONLY])
+        _check_retriever("retrieve.retriever", recipe.retrieve.retriever.kind, recipe.retrieve.retriever.options)
 
 
 def backbone(recipe: Recipe, folder: Path, base: Path, texts: Sequence[str]) -> Path:
@@ -186,11 +189,37 @@ def _entry(registry: Mapping[str, str], kind: str, label: str) -> Any:
         raise DependencyError(f"{label}.kind = {kind!r} needs package {error.name!r}: pip install {error.name}, or choose another kind ({', '.join(registry)})") from None
 
 
-def _check_options(part: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
-    known = sorted(known)
-    for name in options:
+def _check_retriever(part: str, kind: str, options: Mapping[str, Any]) -> None:
+    """Refuse wrong and missing options; one that is named like a retriever holds that retriever's options."""
+    build = _entry(RETRIEVERS, kind, part).build
+    known = _keywords(build)
+    _check_options(part, options, known)
+    for name in known:
+        if name in RETRIEVERS:
+            _check_retriever(f"{part}.{name}", name, options.get(name, {}))
+        elif name not in options and inspect.signature(build).parameters[name].default is inspect.Parameter.empty:
+            raise ConfigError(f"key '{part}.{name}' is missing: retriever {kind!r} needs it")
+
+
+def _keywords(function: Callable[..., Any], but: str = "") -> dict[str, Any]:
+    """Types of a function's keyword-only parameters by name, without `but`."""
+    hints = get_type_hints(function)
+    return {name: hints[name] for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY and name != but}
+
+
+def _check_options(part: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse what is not in `known` (name → type), and values of another type."""
+    for name, value in options.items():
         if name not in known:
             raise ConfigError(f"unknown key '{part}.{name}'{nearest(name, known)}")
+        try:
+            TypeAdapter(known[name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ConfigError(f"{part}.{name} = {value!r}: {_lower_first(error.errors()[0]['msg'])}") from None
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _resolve_models(options: Mapping[str, Any], base: Path) -> dict[str, Any]:

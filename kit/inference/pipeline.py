@@ -21,7 +21,7 @@ from kit import assemble, manifest, paths, runtime
 from kit.budget import Budget
 from kit.config import Recipe
 from kit.data.tables import read_table
-from kit.errors import BundleError
+from kit.errors import BundleError, DataError
 from kit.inference.blend import fit_weights, pool
 from kit.inference.submission import Submission
 from kit.metrics import bootstrap
@@ -129,10 +129,24 @@ def infer(
     root = root or runtime.input_root()
     if test is None:
         folder = paths.find_competition(root)
-        test, sample = folder / "test.csv", sample or next(folder.glob("sample_submission.csv"), None)
+        test, sample = folder / "test.csv", sample or _fitting_sample(folder)
     if bundles is None:
         bundles = [folder for _, folder in sorted(paths.find_bundles(root).items()) if manifest.read(folder).kind == "member"]
     return _Inference(bundles, Path(test), Path(out), sample, budget or Budget(), root, use_contexts).run()
+
+
+def _fitting_sample(folder: Path) -> Path | None:
+    """The sample submission beside a test set, if it names the same ids; one that does not must not cost the run."""
+    sample = folder / "sample_submission.csv"
+    if not sample.is_file():
+        return None
+    try:
+        if set(read_table(sample).frame["id"]) == set(read_table(folder / "test.csv").frame["id"]):
+            return sample
+        log.warning("%s names other ids than test.csv: rows are written in the order of test.csv", sample)
+    except DataError as error:
+        log.warning("%s: rows are written in the order of test.csv", error)
+    return None
 
 
 def weigh(members: Sequence[Member]) -> tuple[np.ndarray, dict[str, dict[str, float]]]:

@@ -27,7 +27,7 @@ _LAYERS = ("encoder.layer", "transformer.layer", "layers", "encoder.layers")  # 
 class Encoder(nn.Module):
     """Backbone → pooling → dropout → linear: (R, outputs), or (R, T, outputs) without pooling."""
 
-    def __init__(self, config: PretrainedConfig, *, outputs: int, pooling: str = "mean", dropout: float = 0.1) -> None:
+    def __init__(self, config: PretrainedConfig, *, outputs: int, pooling: str = "mean", dropout: float = 0.0) -> None:
         super().__init__()
         if pooling != "none" and pooling not in POOLINGS:
             raise ConfigError(f"model.pooling = {pooling!r} is unknown{nearest(pooling, [*POOLINGS, 'none'])}")
@@ -72,11 +72,14 @@ class Encoder(nn.Module):
         if not any(Path(source).glob("*.safetensors")):
             raise BundleError(f"{source}: no .safetensors weights: convert the checkpoint first (pickled weights are never loaded)")
         try:
-            model.backbone = AutoModel.from_pretrained(
-                source, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+            model.backbone, found = AutoModel.from_pretrained(
+                source, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:  # safetensors, json and transformers raise unrelated types for damaged files
             raise BundleError(f"{source}: the backbone's weights cannot be loaded: {str(error).splitlines()[0]}") from None
+        missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # a pooler is never used
+        if missing:  # transformers fills them with random numbers
+            raise BundleError(f"{source}: the weights lack {len(missing)} tensors of the backbone, such as {missing[0]}: take the config.json that belongs to them")
         return model
 
     @classmethod
@@ -130,6 +133,8 @@ class Encoder(nn.Module):
         if count > len(layers):
             raise ConfigError(f"train.reinit_layers = {count}: the encoder has {len(layers)} layers")
         for layer in layers[len(layers) - count :]:
+            for parameter in layer.parameters():
+                parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # else transformers keeps what it loaded
             layer.apply(self.backbone._init_weights)
 
     def _layers(self) -> nn.ModuleList:

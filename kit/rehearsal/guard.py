@@ -8,7 +8,8 @@ import ipaddress
 import os
 import sys
 
-_CONNECTING = {"socket.connect", "socket.sendto", "socket.sendmsg"}
+_CONNECTING = {"socket.connect", "socket.sendto", "socket.sendmsg"}  # (socket, address)
+_LOOKING_UP = {"socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo"}  # (host,) or (address,)
 
 
 def block_sockets(log_path: str) -> None:
@@ -19,6 +20,8 @@ def block_sockets(log_path: str) -> None:
             address = arguments[1]
         elif event == "socket.getaddrinfo":
             address = arguments[:2]
+        elif event in _LOOKING_UP:
+            address = arguments[0] if isinstance(arguments[0], tuple) else (arguments[0], None)
         else:
             return
         if isinstance(address, tuple) and not _is_local(address[0]):

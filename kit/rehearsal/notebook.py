@@ -46,7 +46,7 @@ def run_notebook(notebook: Path, working: Path, *, input_folder: Path, timeout_s
         client = NotebookClient(document, km=manager, timeout=int(timeout_s), resources={"metadata": {"path": str(working)}})
         environment = runtime.kernel_environment(input_folder, seal)
         try:
-            asyncio.run(client.async_execute(env=environment))
+            asyncio.run(client.async_execute(env=environment, cleanup_kc=True))  # nbclient leaves a manager's kernel running otherwise
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             raise NotebookError(f"{notebook.name}: {_last_line(error)}; the partly run notebook is {executed}") from None
         finally:

@@ -79,7 +79,7 @@ class MultipleChoice:
         for row, (id_, prompt, options, answer, context) in enumerate(
             zip(frame["id"], frame["prompt"], texts, answers, contexts, strict=True)
         ):
-            if not any(option.strip() for option in options):
+            if labelled and not any(option.strip() for option in options):
                 raise table.error("every option is blank", row=row, column=letters[0])
             index = _answer_index(table, row, answer, options, letters) if labelled else None
             questions.append(Question(id_, prompt, options, index, context))

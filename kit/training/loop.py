@@ -118,7 +118,7 @@ class _Fitting:
         if self.settings.gradient_checkpointing:
             self.model.checkpoint_activations()
         self.model.to(self.runtime.device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.settings))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.settings), fused=True)
         per_step = self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
         total = -(-len(self.train) // per_step) * self.settings.epochs
         self.schedule = make_schedule(self.optimizer, self.settings, total)
