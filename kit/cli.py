@@ -19,7 +19,7 @@ from kit.config import Recipe, shipped_recipes
 from kit.errors import KitError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -28,6 +28,7 @@ Artifacts = Annotated[Path, typer.Option(help="Folder for everything that is mad
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
 
 _TASK = "multiple_choice"
+_INTERRUPTED = 130
 
 
 @app.callback()
@@ -128,14 +129,14 @@ def infer(
     from kit.inference.pipeline import infer as infer_bundles
 
     budget = Budget(hours * 3600, reserve)
-    root = bundles[0].parent if bundles else None
+    root = bundles[0].parent if bundles[0].is_dir() else None  # indexes lie beside the members, or are mounted
     outcome = infer_bundles(list(bundles), test=test, out=out, sample=sample_submission, budget=budget, root=root, use_contexts=contexts)
     if details:
         outcome.save(details)
     _show(outcome.summary(), as_json)
     for member, reason in outcome.failures.items():
         print(f"warning: member {member}: {reason}", file=sys.stderr)
-    if not any(outcome.scored.values()):
+    if not outcome.finished:
         raise typer.Exit(1)
 
 
@@ -170,18 +171,17 @@ def dry_run(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; turn errors into one line and an exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(arguments, standalone_mode=False, prog_name="kit")
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
-        code = 130
+        code = app(arguments, standalone_mode=False, prog_name="kit")  # gives 130 for Ctrl-C
     except KitError as error:
         code = _fail(error, arguments, 2)
     except typer.Exit as error:
         code = error.exit_code
     except Exception as error:  # the last resort: anything unexpected
         code = _fail(error, arguments, 1)
+    if code == _INTERRUPTED:
+        print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

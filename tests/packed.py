@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import shutil
 import tempfile
@@ -91,6 +92,7 @@ def workshop() -> Workshop:
     from kit.training.crossval import train
     from kit.vendor.bundle import pack
 
+    gc.freeze()  # torch and transformers are a million objects, which every fit would search for garbage
     shop = Workshop(Path(_kept.name) / "shop")
     write_competition(shop.competition)
     for name, pooling, retrieve, lr in zip(NAMES, ("mean", "match", "match"), ("", RETRIEVE, RETRIEVE), (1e-3, 1e-3, 3e-3), strict=True):
@@ -102,8 +104,30 @@ def workshop() -> Workshop:
 
 def copy(folder: Path) -> Workshop:
     """The workshop in a folder of its own, to be changed or damaged."""
-    shutil.copytree(workshop().root, folder / "shop")
-    return Workshop(folder / "shop")
+    made = workshop()
+    shop = Workshop(folder / "shop")
+    shutil.copytree(made.root, shop.root)
+    for recipe in shop.root.glob("*.toml"):
+        recipe.write_text(recipe.read_text(encoding="utf-8").replace(str(made.root), str(shop.root)), encoding="utf-8")
+    return shop
+
+
+def change_member(folder: Path, *overrides: str) -> None:
+    """Change the recipe inside a member bundle and write a manifest to match: a bundle that is whole, but of other settings."""
+    from kit import manifest
+    from kit.config import Recipe
+
+    old = manifest.read(folder)
+    recipe = Recipe.load(folder / "recipe.toml", overrides)
+    (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    manifest.write(folder, old.name, old.kind, **old.meta)
+
+
+def damage(path: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def write_recipe(path: Path, competition: Path, *, pooling: str = "match", retrieve: str = "", lr: float = 1e-3) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -53,8 +53,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Settings of every encoder family, 64 positions, 16 dimensions, 2 layers."""
 LAYERS, HIDDEN, POSITIONS = 2, 16, 64
 
+MODELS: dict[str, dict[str, Any]] = {"encoder": {"config": FAMILIES["bert"], "vocab_size": 500}, "rules": {"config": {"least_documents": 1}}}
+"""Options for `invent` of every kind of model."""
 RETRIEVERS: dict[str, dict[str, Any]] = {"bm25": {}, "dense": {"model": "{encoder}"}, "hybrid": {"dense": {"model": "{encoder}"}}}
-"""Options for `build` of every retriever; "{encoder}" stands for a folder that `encoder_folder` wrote."""
+"""Options for `build` of every kind of retriever; "{encoder}" stands for a folder that `encoder_folder` wrote (of family "bert")."""
 
 
 def tokens(folder: Path, *, byte_level: bool = False, vocab_size: int = 500, limit: int = POSITIONS) -> HFTokens:
@@ -169,3 +171,15 @@ def competition(folder: Path, *, train: int = 12, test: int = 6, options: int = 
     write_corpus(folder / "passages.csv")
     encoder_folder(folder / "encoder")
     return folder
+
+
+class TaskExample(NamedTuple):
+    """What a test needs to try a kind of task: its settings, examples of it, and how they become a table and an answers table."""
+
+    options: dict[str, Any]
+    examples: Callable[[int], list[Any]]
+    write: Callable[[Path, Sequence[Any]], Path]
+
+
+TASKS: dict[str, TaskExample] = {"multiple_choice": TaskExample({"max_length": 48}, questions, write_questions)}
+"""An example of every kind of task."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -21,6 +22,7 @@ from kit.models.tokens import HFTokens, train_wordpiece
 
 Batch = dict[str, Tensor]
 _CONFIG = "config.json"
+_SHOWN = 300  # characters of a library's error
 _LAYERS = ("encoder.layer", "transformer.layer", "layers", "encoder.layers")  # where encoder families keep their layers
 
 
@@ -31,7 +33,7 @@ class Encoder(nn.Module):
         super().__init__()
         if pooling != "none" and pooling not in POOLINGS:
             raise ConfigError(f"model.pooling = {pooling!r} is unknown{nearest(pooling, [*POOLINGS, 'none'])}")
-        self.backbone = AutoModel.from_config(config, trust_remote_code=False)
+        self.backbone = _random_backbone(config)
         pool: Any = None if pooling == "none" else POOLINGS[pooling](config.hidden_size)
         self.pool = pool
         self.dropout = nn.Dropout(dropout)
@@ -57,11 +59,11 @@ class Encoder(nn.Module):
             raise ConfigError('model.config needs model_type, for example model_type = "deberta-v2"')
         try:
             made = AutoConfig.for_model(kind, vocab_size=len(tokens), pad_token_id=tokens.pad_id, **settings)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"model.config: {str(error).splitlines()[0]}") from None
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise ConfigError(f"model.config: {_one_line(error)}") from None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            backbone = AutoModel.from_config(made, trust_remote_code=False)
+            backbone = _random_backbone(made)
         backbone.save_pretrained(folder)
 
     @classmethod
@@ -76,7 +78,7 @@ class Encoder(nn.Module):
                 source, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:  # safetensors, json and transformers raise unrelated types for damaged files
-            raise BundleError(f"{source}: the backbone's weights cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise BundleError(f"{source}: the backbone's weights cannot be loaded: {_one_line(error)}") from None
         missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # a pooler is never used
         if missing:  # transformers fills them with random numbers
             raise BundleError(f"{source}: the weights lack {len(missing)} tensors of the backbone, such as {missing[0]}: take the config.json that belongs to them")
@@ -125,7 +127,9 @@ class Encoder(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """See kit.models.Model."""
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        old_name = "gradient_checkpointing_enable"  # deprecated in transformers 5, before it the only one
+        enable = getattr(self.backbone, "activation_checkpointing_enable", None) or getattr(self.backbone, old_name)
+        enable({"use_reentrant": False})
 
     def reinit_layers(self, count: int) -> None:
         """See kit.models.Model. Raises ConfigError where there are fewer layers."""
@@ -154,12 +158,14 @@ def read_config(folder: Path) -> PretrainedConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be read: {error}: give a Hugging Face encoder folder") from None
+    if not isinstance(values, dict):
+        raise BundleError(f"{path}: holds no settings: give a Hugging Face encoder folder")
     if "auto_map" in values:
         raise BundleError(f"{path}: asks for remote code (auto_map), which never runs here: use a model of the transformers library")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BundleError(f"{path}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise BundleError(f"{path}: {_one_line(error)}") from None
     return config
 
 
@@ -167,3 +173,17 @@ def position_limit(config: PretrainedConfig) -> int:
     """The longest sequence the model has positions for (RoBERTa's positions start after the padding id)."""
     offset = (config.pad_token_id or 0) + 1 if config.model_type in {"roberta", "xlm-roberta", "camembert"} else 0
     return int(getattr(config, "max_position_embeddings", 512)) - offset
+
+
+def _random_backbone(config: PretrainedConfig) -> Any:
+    """The architecture a configuration describes. Raises ConfigError where its sizes contradict each other."""
+    try:
+        return AutoModel.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.config of a {config.model_type!r} model: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """The error's text, shortened to what a line holds."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

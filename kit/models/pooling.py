@@ -68,33 +68,36 @@ class AttentionPooling(nn.Module):
 class MatchPooling(nn.Module):
     """How well the pair is covered by the text, for backbones whose hidden states are comparable by cosine.
 
-    Gives [u * v, |u - v|, m]: u and v the unit mean vectors of text and pair (InferSent's features, Conneau et al. 2017), and m the
-    mean over the pair's tokens of the largest cosine with a text token (late interaction, Khattab & Zaharia 2020). A sentence
-    encoder so starts at the accuracy of its similarity instead of at chance. With an empty text all features are 0.
+    Gives [m, u * v, |u - v|]: m the mean over the pair's tokens of the largest cosine with a text token (late interaction, Khattab &
+    Zaharia 2020), weighted by a learned score that begins even; u and v the unit mean vectors of text and pair (InferSent's features,
+    Conneau et al. 2017). With `init_head` a sentence encoder starts at the accuracy of its similarity instead of at chance. Without
+    text or pair all features are 0.
     """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.width = 2 * hidden_size + 1
-        self.hidden_size = hidden_size
+        self.width = 1 + 2 * hidden_size
+        self.score = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """(R, T, H) → (R, width)."""
+        score = self.score(hidden).squeeze(-1).float()  # (R, T)
         hidden = hidden.float()
         text, pair = batch["segment"] == 0, batch["segment"] == 1
-        u, v = F.normalize(_mean(hidden, text), dim=-1), F.normalize(_mean(hidden, pair), dim=-1)
         unit = F.normalize(hidden, dim=-1)
-        cosine = (unit @ unit.transpose(1, 2)).masked_fill(~text[:, None, :], -1.0)  # (R, T, T)
-        covered = _mean(cosine.amax(-1, keepdim=True), pair)  # (R, 1)
-        features = torch.cat([u * v, (u - v).abs(), covered], -1)
-        return features * text.any(1, keepdim=True)
+        cosine = (unit @ unit.transpose(1, 2)).masked_fill(~text[:, None, :], -1.0).amax(-1)  # (R, T)
+        weight = score.masked_fill(~pair, torch.finfo(torch.float32).min).softmax(-1)
+        covered = (cosine * weight).sum(-1, keepdim=True)  # (R, 1)
+        u, v = F.normalize(_mean(hidden, text), dim=-1), F.normalize(_mean(hidden, pair), dim=-1)
+        return torch.cat([covered, u * v, (u - v).abs()], -1) * (text.any(1) & pair.any(1)).unsqueeze(1)
 
     def init_head(self, head: nn.Linear) -> None:
-        """Start the head at the sum of both cosines, so that the first scores rank options by similarity."""
+        """Start the head at the coverage alone, so that the first scores rank options by it."""
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        head.weight.data[:, : self.hidden_size] = _COSINE_SCALE
-        head.weight.data[:, -1] = _COSINE_SCALE
+        head.weight.data[:, 0] = _COSINE_SCALE
 
 
 _COSINE_SCALE = 20.0  # differences between options are about 0.05 in cosine; 20 makes them about 1 before the softmax

@@ -38,6 +38,9 @@ _ANSWERS = "test_answers.csv"
 
 def dry_run(artifacts: Path, notebooks: Path) -> tuple[dict[str, Any], str]:
     """Run both notebooks; gives the summary (also in artifacts/dry-run/summary.json) and a table to print. Raises KitError."""
+    for name in ("train.ipynb", "infer.ipynb"):
+        if not (notebooks / name).is_file():
+            raise KitError(f"{notebooks / name} is missing: give --notebooks the folder that holds train.ipynb and infer.ipynb")
     return _DryRun((artifacts / "dry-run").resolve(), notebooks.resolve()).run()
 
 

@@ -32,7 +32,7 @@ class Sealed(NamedTuple):
 def run_notebook(notebook: Path, working: Path, *, input_folder: Path, timeout_s: float) -> Sealed:
     """Execute a copy of the notebook in `working`, sealed off from the network, with mounts in `input_folder`.
 
-    The kernel is reached over IPC, so that not even loopback is needed. Raises NotebookError.
+    timeout_s: seconds allowed for each cell. The kernel is reached over IPC, so that not even loopback is needed. Raises NotebookError.
     """
     working.mkdir(parents=True, exist_ok=True)
     executed = working / notebook.name
@@ -44,17 +44,22 @@ def run_notebook(notebook: Path, working: Path, *, input_folder: Path, timeout_s
         manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(Path(short) / "kernel"))
         manager.kernel_spec.argv[0] = runtime.python()  # type: ignore[union-attr]
         client = NotebookClient(document, km=manager, timeout=int(timeout_s), resources={"metadata": {"path": str(working)}})
+        begun = [0]
+        client.on_cell_execute = lambda cell, cell_index: begun.append(cell_index)
         environment = runtime.kernel_environment(input_folder, seal)
         try:
             asyncio.run(client.async_execute(env=environment, cleanup_kc=True))  # nbclient leaves a manager's kernel running otherwise
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-            raise NotebookError(f"{notebook.name}: {_last_line(error)}; the partly run notebook is {executed}") from None
+            raise NotebookError(f"{notebook.name}, cell {begun[-1] + 1}: {_reason(error, timeout_s)}; the partly run notebook is {executed}") from None
         finally:
             nbformat.write(document, executed)
         log = seal / "attempts.log"
         return Sealed(executed, log.read_text().splitlines() if log.is_file() else [])
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _reason(error: Exception, timeout_s: float) -> str:
+    if isinstance(error, CellExecutionError):
+        return " ".join(f"{error.ename}: {error.evalue}".split())
+    if isinstance(error, CellTimeoutError):
+        return f"ran longer than {timeout_s:g} s"
+    return "the kernel died, perhaps for want of memory"

@@ -9,12 +9,16 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
+from kit.errors import DataError
+
 FILES = ("train.csv", "test.csv", "test_answers.csv", "sample_submission.csv", "passages.jsonl")
 
 
 def write_sample(folder: Path) -> Path:
-    """Write the sample competition into a folder; files that are there already and differ are replaced."""
+    """Write the sample competition into a folder; files that are there already and differ are replaced. Raises DataError."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: is a file: name a folder to write the sample competition into")
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         with resources.as_file(resources.files(__package__) / name) as source:

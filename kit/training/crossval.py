@@ -7,6 +7,7 @@ artifacts/runs/<recipe>-<hash8>/: recipe.toml, inputs.json, folds.npy, oof.parqu
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def train(
         examples = read_examples(recipe, task, artifacts, rows=_DEBUG_ROWS if debug else None)
         source = _backbone(recipe, examples, artifacts)
         folder = artifacts / "runs" / f"{recipe.name}-{assemble.digest([recipe.digest, examples.digest, _weights_digest(source)])}"
-        numbers = _write_run(folder, recipe, task, examples)
+        numbers = _folds(recipe, task, examples)
+        if accelerator.is_main_process:
+            _write_run(folder, recipe, examples, numbers)
     _start_trackers(accelerator, recipe, folder)
     trainer = _Trainer(recipe, task, examples, source, folder, numbers, accelerator)
     if full:
@@ -77,9 +80,10 @@ def train(
         for fold in chosen:
             for seed in recipe.train.seeds:
                 trainer.fit(fit_name(recipe, fold, seed), fold, seed)
-    accelerator.end_training()
     with accelerator.main_process_first():
-        return Run(folder, summarise(folder, recipe, task, examples.own, numbers, write=accelerator.is_main_process))
+        metrics = summarise(folder, recipe, task, examples.own, numbers, write=accelerator.is_main_process)
+    accelerator.end_training()  # last: it takes the process group down
+    return Run(folder, metrics)
 
 
 def read_examples(recipe: Recipe, task: Task, artifacts: Path, *, rows: int | None = None) -> Examples:
@@ -172,17 +176,21 @@ class _Trainer:
             tokens.save(folder)
             np.save(folder / "valid.npy", result.prediction)
             manifest.write_atomically(folder / "metrics.json", json.dumps(result.metrics))
+            shutil.rmtree(folder / "state")  # not before the fit counts as done: a kill in between must not cost it
 
 
-def _write_run(folder: Path, recipe: Recipe, task: Task, examples: Examples) -> np.ndarray:
-    """Recipe and folds of the run; gives the fold of each example (N,) int8."""
+def _folds(recipe: Recipe, task: Task, examples: Examples) -> np.ndarray:
+    """The fold of each example (N,) int8."""
+    data, own = recipe.data, examples.own
+    return make_folds(len(own), data.folds, by=data.fold_by, strata=task.strata(own), groups=examples.groups, seed=data.fold_seed)
+
+
+def _write_run(folder: Path, recipe: Recipe, examples: Examples, numbers: np.ndarray) -> None:
+    """Recipe, inputs and folds of the run."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest.write_atomically(folder / "recipe.toml", recipe.to_toml())
     manifest.write_atomically(folder / "inputs.json", json.dumps({"index": examples.index, "rows": len(examples.own), "extra": len(examples.extra)}))
-    data = recipe.data
-    numbers = make_folds(len(examples.own), data.folds, by=data.fold_by, strata=task.strata(examples.own), groups=examples.groups, seed=data.fold_seed)
     np.save(folder / "folds.npy", numbers)
-    return numbers
 
 
 def _backbone(recipe: Recipe, examples: Examples, artifacts: Path) -> Path:

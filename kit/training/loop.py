@@ -7,7 +7,6 @@ A kill costs at most the epoch under way: the state is written after each, and e
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -74,7 +73,8 @@ def fit(
 ) -> Fit:
     """Train on `train`, choose the epoch on `valid` (the last where there is none), and save the model into `folder`.
 
-    Resumes from the last finished epoch when `folder` holds an interrupted fit.
+    Resumes from the last finished epoch when `folder` holds an interrupted fit; what that takes stays in `folder`/state until the caller
+    has stored the result.
     """
     return _Fitting(model, task, tokens, train, valid, settings, runtime, accelerator, Path(folder), seed, batch_tokens, label).run()
 
@@ -97,7 +97,8 @@ class _Fitting:
     def run(self) -> Fit:
         self._prepare()
         state = self._resume()
-        for epoch in range(state.epoch, self.settings.epochs):
+        while state.epoch < self.settings.epochs and not self._has_lost_patience(state):
+            epoch = state.epoch
             steps = self._epoch(epoch)
             state.history.steps += steps
             metrics = {"epoch": epoch, "loss": float(np.mean([loss for loss, _ in steps]))}
@@ -108,8 +109,6 @@ class _Fitting:
             state.epoch = epoch + 1
             self._keep_if_best(state, metrics)
             self._save_state(state)
-            if self.settings.patience and epoch - state.best_epoch >= self.settings.patience:
-                break
         return self._finish(state)
 
     def _prepare(self) -> None:
@@ -127,7 +126,7 @@ class _Fitting:
 
     def _epoch(self, epoch: int) -> list[tuple[float, float]]:
         """One pass; gives (loss, rate) per optimizer step."""
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([self.seed % 2**32, epoch])
         torch.manual_seed((self.seed * 1000 + epoch) * 1000 + self.accelerator.process_index)
         features = self.task.encode(self.task.augment(self.train, rng), self.tokens)
         slots = self.accelerator.num_processes * self.settings.accumulate
@@ -202,6 +201,9 @@ class _Fitting:
             if self.accelerator.is_main_process:
                 save_weights(self.model, self.folder / "state" / "best")
 
+    def _has_lost_patience(self, state: _State) -> bool:
+        return 0 < self.settings.patience < state.epoch - state.best_epoch
+
     def _save_state(self, state: _State) -> None:
         """After an epoch: weights and optimizer in one file, replaced atomically."""
         if self.accelerator.is_main_process:
@@ -220,8 +222,9 @@ class _Fitting:
             values = torch.load(path, map_location=self.runtime.device, weights_only=True)
             saved = json.loads(values["state"])
             self.model.load_state_dict(values["model"])
-        except Exception as error:  # torch and pickle raise unrelated types for a damaged file
-            raise BundleError(f"{path}: the interrupted fit cannot be read ({str(error).splitlines()[0]}): delete {path.parent} to begin this fold again") from None
+        except Exception as error:  # torch and pickle raise unrelated types for a damaged file, some without a text
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BundleError(f"{path}: the interrupted fit cannot be read ({reason}): delete {path.parent} to begin this fold again") from None
         self.optimizer.load_state_dict(values["optimizer"])
         self.schedule.load_state_dict(values["schedule"])
         self.scaler.load_state_dict(values["scaler"])
@@ -229,7 +232,7 @@ class _Fitting:
         return _State(saved["epoch"], saved["best"], saved["best_epoch"], history)
 
     def _finish(self, state: _State) -> Fit:
-        """Go back to the kept epoch, save it as the fold's model, and drop the state."""
+        """Go back to the kept epoch and save it as the fold's model."""
         self.accelerator.wait_for_everyone()
         load_weights(self.model, self.folder / "state" / "best")
         prediction = self._predict() if self.valid else np.empty((0, 0), np.float32)
@@ -238,7 +241,6 @@ class _Fitting:
         if self.accelerator.is_main_process:
             self.model.save(self.folder)
             write_atomically(self.folder / "history.json", json.dumps(asdict(state.history)))
-            shutil.rmtree(self.folder / "state")
         self.accelerator.wait_for_everyone()
         return Fit(prediction, metrics, state.history)
 

@@ -57,7 +57,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainPart, steps: 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return fall((step - warmup) / max(1, steps - warmup))
+        return fall(min(1.0, (step - warmup) / max(1, steps - warmup)))  # a fit resumed with more processes takes more steps than planned
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

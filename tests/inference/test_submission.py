@@ -125,7 +125,7 @@ letters = st.lists(st.sampled_from("ABCDE"), min_size=1, max_size=3, unique=True
 
 
 @given(st.lists(st.tuples(letters, st.sampled_from("ABCDE")), min_size=1, max_size=12), st.randoms(use_true_random=False))
-def test_score_is_map_at_3_whatever_the_order_of_rows(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], random) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def test_score_is_map_at_3_whatever_the_order_of_rows(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], random) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path_factory.mktemp("score")
     predictions = {f"q{number}": prediction for number, (prediction, _) in enumerate(rows)}
     answers = {f"q{number}": answer for number, (_, answer) in enumerate(rows)}

@@ -66,16 +66,16 @@ def test_a_failing_cell_is_named_and_the_partly_run_notebook_kept(tmp_path: Path
     with pytest.raises(NotebookError) as failed:
         run(tmp_path, "print('first')", "{}['no such key']", "print('never')")
     executed = tmp_path / "box" / "working" / "small.ipynb"
-    assert str(failed.value) == f"small.ipynb: KeyError: 'no such key'; the partly run notebook is {executed}"
+    assert str(failed.value) == f"small.ipynb, cell 3: KeyError: 'no such key'; the partly run notebook is {executed}"
     assert printed(executed) == "first\n"
 
 
 def test_a_cell_that_takes_too_long_is_stopped_and_what_ran_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(NotebookError, match=r"small\.ipynb: .*; the partly run notebook is"):
+    with pytest.raises(NotebookError, match=r"small\.ipynb, cell 3: ran longer than 2 s; the partly run notebook is"):
         run(tmp_path, "print('first')", "import time\ntime.sleep(120)", timeout_s=2)
     assert printed(tmp_path / "box" / "working" / "small.ipynb") == "first\n"
 
 
 def test_a_kernel_that_dies_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(NotebookError, match=r"small\.ipynb: .*[Kk]ernel died"):
+    with pytest.raises(NotebookError, match=r"small\.ipynb, cell 3: the kernel died"):
         run(tmp_path, "print('first')", "import os\nos._exit(1)")

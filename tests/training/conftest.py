@@ -96,10 +96,12 @@ def train_one(backbone: Path, tmp_path: Path) -> TrainOne:
 
 @contextmanager
 def step_gradients() -> Iterator[list[torch.Tensor]]:
-    """Gradients of all parameters, as one vector, at the beginning of every optimizer step that is taken inside."""
+    """Gradients of all parameters, as one vector, at every optimizer step inside, but those that a scaler skips."""
     seen: list[torch.Tensor] = []
 
     def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(optimizer, "found_inf", 0):  # a fused optimizer skips the step itself
+            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         seen.append(torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().clone() for p in parameters]))
 
@@ -114,3 +116,11 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     """Over all weights; 0.0 only where they are equal bit for bit."""
     assert one.keys() == other.keys()
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+_CANCELLED = ("head.bias", "key.bias", f"layer.{tiny.LAYERS - 1}.output.LayerNorm.bias")
+
+
+def meant(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the biases that a softmax cancels: their gradients are rounding noise, which Adam blows up to whole steps."""
+    return {name: weight for name, weight in weights.items() if not name.endswith(_CANCELLED)}

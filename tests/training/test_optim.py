@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_schedule_climbs_to_the_full_rate_and_falls_to_its_end(schedule: str) 
     found = rates(schedule, 24, 4 / 24)
     assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert (found[14], found[24]) == pytest.approx(SHAPES[schedule])
-    assert all(later <= earlier for earlier, later in zip(found[4:], found[5:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(found[4:]))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -1,0 +1,75 @@
+"""The dry run's machinery on a tiny setting: two notebooks in sealed boxes, from the sample competition to a submission."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from kit.data.tables import read_table
+from kit.errors import KitError
+from kit.rehearsal.dryrun import dry_run
+from kit.rehearsal.notebook import NotebookError
+from tests import packed
+
+FIND = """
+import sys
+from pathlib import Path
+INPUT = Path.cwd().parent / "input"
+sys.path[:0] = sorted(str(path.parent.parent) for path in INPUT.rglob("kit/__main__.py"))
+import kit
+assert str(INPUT) in kit.__file__, kit.__file__
+"""
+TRAIN = f"""
+from kit.paths import find_competition
+TEXT = {packed.RECIPE.format(folder='"competition"', pooling="match", retrieve="", lr=1e-3)!r}
+Path("tiny.toml").write_text(TEXT)
+run = kit.train(kit.Recipe.load("tiny.toml", [f"data.folder={{find_competition(INPUT, 'train.csv')}}"]))
+kit.pack([run.folder])
+"""
+INFER = """
+from kit.paths import find_competition
+assert not (find_competition(INPUT) / "test_answers.csv").exists()
+outcome = kit.infer()
+outcome.save(Path.cwd())
+"""
+
+
+def write_notebooks(folder: Path, train: str = TRAIN, infer: str = INFER) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, code in (("train", train), ("infer", infer)):
+        nbformat.write(new_notebook(cells=[new_code_cell(FIND), new_code_cell(code)]), folder / f"{name}.ipynb")
+    return folder
+
+
+@pytest.mark.slow
+def test_both_notebooks_run_sealed_and_what_is_unchanged_is_not_run_again(tmp_path: Path) -> None:
+    notebooks = write_notebooks(tmp_path / "notebooks")
+    summary, table = dry_run(tmp_path / "artifacts", notebooks)
+    root = tmp_path / "artifacts" / "dry-run"
+    assert summary["sockets"] == []
+    assert summary["reused"] == []
+    assert summary["failures"] == {}
+    assert summary["rows"] == len(read_table(root / "submission.csv").frame) >= 120
+    (member,) = summary["weights"]
+    assert set(summary["map@3"]) >= {"random", "longest", "overlap", "test", "without_context", "oof", "folds", member}
+    assert all(0 <= estimate["value"] <= 1 for name, estimate in summary["map@3"].items() if name not in ("oof", "folds"))
+    assert "blend = submission.csv" in table
+
+    again, _ = dry_run(tmp_path / "artifacts", notebooks)
+    assert again["reused"] == ["train", "infer", "infer without contexts"]
+    assert again["map@3"] == summary["map@3"]
+
+    write_notebooks(tmp_path / "notebooks", infer=INFER + "\nraise RuntimeError('changed')")
+    with pytest.raises(NotebookError, match=r"infer\.ipynb, cell 2: RuntimeError: changed; the partly run notebook is"):
+        dry_run(tmp_path / "artifacts", notebooks)
+
+
+def test_missing_notebooks_are_named_before_anything_is_done(tmp_path: Path) -> None:
+    write_notebooks(tmp_path / "notebooks")
+    (tmp_path / "notebooks" / "infer.ipynb").unlink()
+    with pytest.raises(KitError, match=r"infer\.ipynb is missing: give --notebooks"):
+        dry_run(tmp_path / "artifacts", tmp_path / "notebooks")
+    assert not (tmp_path / "artifacts").exists()

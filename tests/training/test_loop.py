@@ -1,0 +1,304 @@
+"""kit.training.loop: one fit, its arithmetic, what it keeps, and what a kill costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kit import runtime
+from kit.errors import BundleError
+from kit.models.encoder import Encoder
+from kit.predict import predict
+from kit.tasks import Feature, Tokens
+from kit.tasks.multiple_choice import MultipleChoice, Question
+from kit.training.loop import length_grouped
+from tests import tiny
+from tests.training.conftest import TASK, TrainOne, largest_difference, meant
+
+NO_CLIP = 1e9
+LEARNS = {"epochs": 4, "lr": 3e-3, "batch_size": 4}
+STANDS = {"lr": 1e-12}  # too small to change a prediction
+
+
+def misled(questions: list[Question]) -> list[Question]:
+    """The same questions with wrong answers: who learns the right ones gets worse on these."""
+    return [replace(question, answer=(question.answer + 1) % len(question.options)) for question in questions]
+
+
+def prediction_of(folder: Path, questions: list[Question], source: Path) -> np.ndarray:
+    """What the model saved in `folder` says, on its own."""
+    model, tokens = Encoder.load(folder, outputs=1), Encoder.tokens(source)
+    features = TASK.encode(questions, tokens)
+    scores = predict(model, TASK, features, tokens, runtime=runtime.choose("fp32", "cpu"), batch_tokens=4096)
+    return TASK.decode(scores, features, questions)
+
+
+# --- the arithmetic of a step ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "steps"), [(8, 1), (16, 2), (11, 2), (9, 2)])
+def test_micro_batches_give_the_gradients_and_weights_of_the_whole_batch(train_one: TrainOne, count: int, steps: int) -> None:
+    """11 and 9 leave a last group of 3 (uneven micro-batches) and of 1 (empty ones)."""
+    settings = {"clip": NO_CLIP, "lr": 1e-4}
+    whole = train_one(tiny.questions(count), batch_size=8, accumulate=1, name="whole", **settings)
+    parts = train_one(tiny.questions(count), batch_size=2, accumulate=4, name="parts", **settings)
+    assert len(whole.gradients) == len(parts.gradients) == steps
+    for one, other in zip(whole.gradients, parts.gradients, strict=True):
+        assert (one - other).norm() < 1e-4 * one.norm()
+    assert largest_difference(meant(whole.weights), meant(parts.weights)) < 1e-5
+    assert largest_difference(meant(whole.start), meant(whole.weights)) > 5e-5
+    assert whole.losses == pytest.approx(parts.losses, rel=1e-5)
+
+
+def test_fgm_adds_to_each_micro_batch_the_gradient_at_its_own_moved_embeddings(train_one: TrainOne, backbone: Path) -> None:
+    """Two micro-batches of one question each, against the same written out with autograd."""
+    questions, epsilon = tiny.questions(2), 0.5
+    task = MultipleChoice(max_length=48, shuffle_options=False)
+    seen = train_one(questions, task=task, batch_size=1, accumulate=2, fgm=epsilon, clip=NO_CLIP, lr=1e-4).gradients
+    model, tokens = tiny.encoder(backbone).train(), Encoder.tokens(backbone)
+    table = model.input_embeddings
+    expected: dict[str, torch.Tensor] = {}
+    for feature in task.encode(questions, tokens):
+        gradients = _gradients(model, task, feature, tokens)
+        direction = epsilon * gradients["table"] / gradients["table"].norm()
+        table.data += direction
+        attacked = _gradients(model, task, feature, tokens)
+        table.data -= direction
+        for name, value in gradients.items():
+            expected[name] = expected.get(name, 0) + (value + attacked[name]) / 2
+    norm = torch.stack([value.norm() for value in expected.values()]).norm()
+    assert len(seen) == 1
+    assert float(seen[0].norm()) == pytest.approx(float(norm), rel=1e-4)
+
+
+def _gradients(model: Encoder, task: MultipleChoice, feature: Feature, tokens: Tokens) -> dict[str, torch.Tensor]:
+    batch = task.collate([feature], tokens)
+    model.zero_grad()
+    task.loss(task.scores(model(batch), batch), batch).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"table" if "word_embeddings" in name else name: value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_fgm_changes_the_step_alike_in_every_precision(train_one: TrainOne, precision: str) -> None:
+    def gradient(fgm: float, precision: str) -> torch.Tensor:
+        settings = {"fgm": fgm, "precision": precision, "clip": NO_CLIP, "lr": 1e-4}
+        return train_one(tiny.questions(4), name=f"{precision}{fgm}{len(seen)}", **settings).gradients[0]
+
+    seen: list[torch.Tensor] = []
+    for name in (precision, "fp32"):
+        plain = gradient(0.0, name)
+        seen.append(gradient(0.5, name) - plain)
+        assert seen[-1].norm() > 0.1 * plain.norm()
+    assert (seen[0] - seen[1]).norm() < 0.1 * seen[1].norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_gradients_are_clipped_after_unscaling(train_one: TrainOne, precision: str) -> None:
+    free = train_one(tiny.questions(4), precision=precision, clip=NO_CLIP, name="free").gradients[0]
+    clipped = train_one(tiny.questions(4), precision=precision, clip=0.01, name="clipped").gradients[0]
+    true = train_one(tiny.questions(4), precision="fp32", clip=NO_CLIP, name="true").gradients[0]
+    assert 0.01 < float(true.norm()) < 100
+    assert float(free.norm()) == pytest.approx(float(true.norm()), rel=0.02)
+    assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(clipped, free * (0.01 / free.norm()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("fgm", [0.0, 0.1])
+def test_every_precision_learns_and_keeps_weights_in_float32(train_one: TrainOne, precision: str, fgm: float) -> None:
+    trained = train_one(tiny.questions(8), precision=precision, fgm=fgm, pooling="match", epochs=6, lr=1e-2)
+    assert np.mean(trained.losses[-2:]) < 0.5 * np.mean(trained.losses[:2])
+    assert {weight.dtype for weight in trained.weights.values() if weight.is_floating_point()} == {torch.float32}
+    saved = Encoder.load(trained.folder, outputs=1, pooling="match").state_dict()
+    assert largest_difference(saved, trained.weights) == 0.0
+
+
+def test_the_schedule_waits_for_a_step_that_overflows(train_one: TrainOne) -> None:
+    """A head as steep as this overflows fp16 until the scaler has found its scale; no rate is spent on skipped steps."""
+    trained = train_one(tiny.questions(8), precision="fp16", pooling="match", epochs=4, schedule="linear", batch_size=2, fgm=1.0)
+    rates = [rate for _, rate in trained.fit.history.steps]
+    skipped = len(rates) - len(trained.gradients)
+    assert 0 < skipped < len(rates) / 2
+    assert rates[: skipped + 1] == [rates[0]] * (skipped + 1)
+    assert rates[skipped:] == pytest.approx([rates[0] * (1 - step / len(rates)) for step in range(len(trained.gradients))])
+
+
+def test_gradient_checkpointing_changes_no_weight(train_one: TrainOne, dropping_backbone: Path) -> None:
+    plain = train_one(tiny.questions(6), source=dropping_backbone, name="plain")
+    saving = train_one(tiny.questions(6), source=dropping_backbone, gradient_checkpointing=True, name="saving")
+    assert any(getattr(module, "gradient_checkpointing", False) for module in saving.model.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in plain.model.modules())
+    assert largest_difference(plain.weights, saving.weights) < 1e-7 < largest_difference(plain.start, plain.weights)
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [({"freeze_embeddings": True}, ["embeddings."]), ({"freeze_layers": 1}, ["embeddings.", "layer.0."]), ({"freeze_layers": 2}, ["embeddings.", "layer."])],
+)
+def test_frozen_weights_stay_bit_for_bit_and_the_others_move(train_one: TrainOne, settings: dict[str, object], frozen: list[str]) -> None:
+    trained = train_one(tiny.questions(6), weight_decay=0.5, **settings)
+    for name, weight in trained.weights.items():
+        if any(part in name for part in frozen):
+            assert torch.equal(weight, trained.start[name]), name
+        elif "pooler" not in name and name in meant(trained.weights):  # BERT's own pooler is not used
+            assert not torch.equal(weight, trained.start[name]), name
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_epoch_is_kept_and_the_result_is_what_the_saved_model_predicts(train_one: TrainOne, backbone: Path) -> None:
+    questions = tiny.questions(8)
+    settings = {**LEARNS, "schedule": "constant"}
+    best = train_one(questions, misled(questions), name="best", **settings)
+    value = [epoch["map@3"] for epoch in best.fit.history.epochs]
+    kept = int(np.argmax(value))
+    assert kept < len(value) - 1, "the last epoch must not be the best, or this shows nothing"
+    assert best.fit.metrics["map@3"] == value[kept]
+    assert np.array_equal(best.fit.prediction, prediction_of(best.folder, misled(questions), backbone))
+    shorter = train_one(questions, misled(questions), name="shorter", **{**settings, "epochs": kept + 1, "keep": "last"})
+    assert largest_difference(best.weights, shorter.weights) == 0.0
+
+
+def test_the_last_epoch_is_kept_when_asked_for(train_one: TrainOne, backbone: Path) -> None:
+    questions = tiny.questions(8)
+    last = train_one(questions, misled(questions), name="last", keep="last", **LEARNS)
+    value = [epoch["map@3"] for epoch in last.fit.history.epochs]
+    assert last.fit.metrics["map@3"] == value[-1] < max(value)
+    assert np.array_equal(last.fit.prediction, prediction_of(last.folder, misled(questions), backbone))
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 5), (1, 2), (3, 4)])
+def test_a_fit_stops_after_its_patience_without_progress(train_one: TrainOne, patience: int, epochs: int) -> None:
+    trained = train_one(tiny.questions(4), tiny.questions(4), epochs=5, patience=patience, **STANDS)
+    assert len(trained.fit.history.epochs) == epochs
+
+
+def test_without_validation_the_last_epoch_is_kept(train_one: TrainOne) -> None:
+    trained = train_one(tiny.questions(4), epochs=2)
+    assert trained.fit.prediction.shape == (0, 0)
+    assert trained.fit.metrics == {}
+    assert largest_difference(Encoder.load(trained.folder, outputs=1).state_dict(), trained.weights) == 0.0
+
+
+def test_one_example_is_enough(train_one: TrainOne) -> None:
+    trained = train_one(tiny.questions(1), tiny.questions(1), batch_size=4, accumulate=2)
+    assert len(trained.losses) == 1
+    assert trained.fit.prediction.shape == (1, 5)
+
+
+def test_history_has_a_loss_and_a_rate_per_step_and_the_metrics_per_epoch(train_one: TrainOne) -> None:
+    trained = train_one(tiny.questions(10), tiny.questions(4), epochs=3, batch_size=4, lr=1e-4, head_lr=1e-2, schedule="linear")
+    history = json.loads((trained.folder / "history.json").read_text())
+    assert [rate for _, rate in history["steps"]] == pytest.approx([1e-2 * (1 - step / 9) for step in range(9)])
+    assert [epoch["epoch"] for epoch in history["epochs"]] == [0, 1, 2]
+    assert {*history["epochs"][0]} == {"epoch", "loss", "map@3", "accuracy", "accuracy@3"}
+    assert history["epochs"][2]["loss"] == pytest.approx(np.mean(trained.losses[6:]))
+
+
+# --- the same again --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_weights_bit_for_bit_and_another_one_does_not(train_one: TrainOne, dropping_backbone: Path) -> None:
+    def trained(seed: int, name: str) -> dict[str, torch.Tensor]:
+        return train_one(tiny.questions(8), tiny.questions(4), source=dropping_backbone, seed=seed, name=name, epochs=2).weights
+
+    first = trained(3, "first")
+    assert largest_difference(first, trained(3, "again")) == 0.0
+    assert largest_difference(first, trained(4, "other")) > 1e-5
+    assert largest_difference(first, trained(-3, "negative")) > 1e-5
+
+
+@dataclass(frozen=True)
+class Interrupted(MultipleChoice):
+    """Stops like Ctrl-C where the options are shuffled (once per epoch) or the predictions decoded (once per epoch, once at the end)."""
+
+    at: tuple[str, int] = ("augment", 0)
+    seen: list[str] = field(default_factory=list)
+
+    def augment(self, examples: Sequence[Question], rng: np.random.Generator) -> Sequence[Question]:
+        self.note("augment")
+        return super().augment(examples, rng)
+
+    def decode(self, scores: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Question]) -> np.ndarray:
+        self.note("decode")
+        return super().decode(scores, features, examples)
+
+    def note(self, verb: str) -> None:
+        self.seen.append(verb)
+        if verb == self.at[0] and self.seen.count(verb) == self.at[1]:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [("augment", 1), ("augment", 2), ("augment", 3), ("decode", 1), ("decode", 2), ("decode", 4)], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_resumed_fit_ends_bit_for_bit_as_an_undisturbed_one(
+    train_one: TrainOne, dropping_backbone: Path, at: tuple[str, int], precision: str
+) -> None:
+    """Stopped within an epoch, before its state is written, or after all epochs while the kept one is predicted."""
+    questions = tiny.questions(12)
+    settings = {"source": dropping_backbone, "epochs": 3, "batch_size": 2, "accumulate": 2, "fgm": 0.2, "precision": precision, "warmup": 0.2}
+    whole = train_one(questions[:8], questions[8:], name="whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_one(questions[:8], questions[8:], name="stopped", task=Interrupted(max_length=48, at=at), **settings)
+    resumed = train_one(questions[:8], questions[8:], name="stopped", **settings)
+    assert len(resumed.gradients) < len(whole.gradients) or at in (("augment", 1), ("decode", 1))
+    assert largest_difference(whole.weights, resumed.weights) == 0.0
+    assert (whole.folder / "model.safetensors").read_bytes() == (resumed.folder / "model.safetensors").read_bytes()
+    assert np.array_equal(whole.fit.prediction, resumed.fit.prediction)
+    assert whole.fit.metrics == resumed.fit.metrics
+    assert whole.fit.history == resumed.fit.history
+
+
+def test_a_fit_that_had_lost_its_patience_does_not_find_it_again_on_resuming(train_one: TrainOne) -> None:
+    settings = {"epochs": 5, "patience": 1, **STANDS}
+    with pytest.raises(KeyboardInterrupt):
+        train_one(tiny.questions(4), tiny.questions(4), task=Interrupted(max_length=48, at=("decode", 3)), **settings)
+    resumed = train_one(tiny.questions(4), tiny.questions(4), **settings)
+    assert len(resumed.fit.history.epochs) == 2
+    assert resumed.gradients == []
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "other model"])
+def test_a_damaged_state_is_named_with_the_way_out(train_one: TrainOne, tmp_path: Path, damage: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train_one(tiny.questions(4), task=Interrupted(max_length=48, at=("augment", 2)), epochs=2)
+    path = tmp_path / "fit" / "state" / "last.pt"
+    content = path.read_bytes()
+    pooling = "attention" if damage == "other model" else "mean"
+    path.write_bytes({"empty": b"", "text": b"no state", "truncated": content[: len(content) // 2]}.get(damage, content))
+    with pytest.raises(BundleError, match=rf"{path}: the interrupted fit cannot be read .*delete {path.parent} to begin") as caught:
+        train_one(tiny.questions(4), epochs=2, pooling=pooling)
+    assert "\n" not in str(caught.value)
+
+
+# --- batches of similar lengths --------------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(1, 500), max_size=200), size=st.integers(1, 20), seed=st.integers(0, 99), window=st.integers(1, 5))
+def test_every_position_is_in_exactly_one_batch(lengths: list[int], size: int, seed: int, window: int) -> None:
+    batches = length_grouped(lengths, size, np.random.default_rng(seed), window=window)
+    assert sorted(position for batch in batches for position in batch) == [*range(len(lengths))]
+    assert len(batches) == -(-len(lengths) // size)
+    assert all(0 < len(batch) <= size for batch in batches)
+    assert sum(len(batch) < size for batch in batches) <= 1
+    assert batches == length_grouped(lengths, size, np.random.default_rng(seed), window=window)
+
+
+def test_similar_lengths_are_together_and_the_order_is_random() -> None:
+    lengths = np.random.default_rng(0).integers(10, 400, 640).tolist()
+    batches = length_grouped(lengths, 8, np.random.default_rng(1))
+    spread = np.mean([max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches])
+    assert spread < 20  # of 390; at random it is 300
+    means = [float(np.mean([lengths[i] for i in batch])) for batch in batches]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
+    assert batches != length_grouped(lengths, 8, np.random.default_rng(2))
