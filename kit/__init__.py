@@ -24,4 +24,5 @@ def __getattr__(name: str) -> object:
     """Load a public name from its home module on first use (PEP 562)."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kit' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    importlib.import_module("kit.runtime").go_offline()  # before anything imports a library that reads the switches
     return getattr(importlib.import_module(_PUBLIC[name]), name)

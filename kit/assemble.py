@@ -172,7 +172,8 @@ def _fitting(make: Any, recipe: Recipe, task: Task, folder: Path) -> Any:
     options = {name: value for name, value in recipe.model.options.items() if name not in _BACKBONE_OPTIONS}
     model = make(folder, outputs=task.outputs, **options)
     if model.gives != task.needs:
-        raise ConfigError(f"task {recipe.task.kind!r} needs {task.needs!r}, but model {recipe.model.kind!r} with {options} gives {model.gives!r}")
+        wrong = f"task {recipe.task.kind!r} needs {task.needs!r}, but model {recipe.model.kind!r} with {options} gives {model.gives!r}"
+        raise ConfigError(f"{wrong}: change model.pooling or model.kind")
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kit import runtime
 from kit.budget import NINE_HOURS_S, Budget
 from kit.config import Recipe, shipped_recipes
 from kit.errors import KitError
@@ -34,6 +35,7 @@ _INTERRUPTED = 130
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Before the verb: show the traceback of an error.")] = False) -> None:
     """Offline competition submission kit: sample → index → train → pack → infer → score, without internet."""
+    runtime.go_offline()  # before anything imports a library that reads the switches
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
@@ -54,9 +56,8 @@ def recipes(as_json: AsJson = False) -> None:
 @app.command(epilog="Example: kit index sample_minilm")
 def index(recipe: RecipeName, set_: Set = None, artifacts: Artifacts = Path("artifacts"), as_json: AsJson = False) -> None:
     """Build the recipe's retrieval index (corpus and retriever), unless it is there already."""
-    from kit import assemble, runtime
+    from kit import assemble
 
-    runtime.go_offline()
     loaded = Recipe.load(recipe, set_ or ())
     assemble.check(loaded)
     _show({"index": assemble.build_index(loaded, artifacts)}, as_json)
@@ -70,11 +71,10 @@ def context(
     set_: Set = None, artifacts: Artifacts = Path("artifacts"), as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Retrieve a context for every row of a table, as training and inference do, and write it out to look at."""
-    from kit import assemble, runtime
+    from kit import assemble
     from kit.data.tables import read_table
     from kit.manifest import write_atomically
 
-    runtime.go_offline()
     loaded = Recipe.load(recipe, set_ or ())
     assemble.check(loaded)
     read = read_table(table)

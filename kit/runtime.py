@@ -29,6 +29,7 @@ _OFFLINE = {
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -73,12 +74,13 @@ def choose(precision: str = "auto", device: str | None = None) -> Runtime:
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch, and choose deterministic kernels where torch has them."""
     import torch
+    from torch.utils import deterministic
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads what it has not written
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and nothing here reads what it has not written
 
 
 def free_memory() -> None:

@@ -34,7 +34,6 @@ LINES: tuple[tuple[str, ...], ...] = (
 )
 PLACES = {name: number for number, line in enumerate(LINES) for name in line}
 ORDERED = (0, 1)
-SHARED = {("kit.models.tokens", "kit.tasks"): {"Tokens", "Feature", "Batch", "Encoding"}}  # the contract between tokenizers and tasks
 
 # Package → modules that may import it at the top, modules that may import it inside functions only. A room stands for all of its files.
 OWNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -152,7 +151,7 @@ def objection(name: str, found: Import) -> str:
     here, there = name.split(".")[1], ".".join(found.module.split(".")[1:2])
     if not there:
         return "" if found.names <= {"__version__"} else "whose public names are for users: import from the module that owns them"
-    if here == there or (found.names and found.names <= SHARED.get((name, found.module), set())):
+    if here == there:
         return ""
     mine, other = PLACES.get(here), PLACES.get(there)
     if mine is None or other is None:
@@ -324,7 +323,6 @@ def test_there_are_few_public_names_and_each_resolves() -> None:
         ("kit.tasks.multiple_choice", "from ..models import Model"),
         ("kit.tasks.multiple_choice", "def late():\n    from kit.predict import predict"),
         ("kit.models.encoder", "from kit.tasks import Batch"),
-        ("kit.models.tokens", "from kit.tasks import Batch, Task"),
         ("kit.budget", "import importlib\nimportlib.import_module('kit.config')"),
         ("kit.config", "from kit import Recipe"),
         ("kit.data.tables", "if TYPE_CHECKING:\n    pass\nelse:\n    import kit.cli"),
@@ -342,7 +340,6 @@ def test_an_import_against_the_order_is_found(name: str, source: str) -> None:
         ("kit.paths", "from kit import manifest"),
         ("kit.budget", "from kit.errors import BudgetError"),
         ("kit.tasks.multiple_choice", "from . import Task\nfrom kit.tasks.essay_regression import Essay"),
-        ("kit.models.tokens", "from kit.tasks import Batch, Encoding"),
         ("kit.models.encoder", "if TYPE_CHECKING:\n    from kit.tasks import Tokens"),
         ("kit.vendor.bundle", "from kit import __version__"),
         ("kit.__main__", "from kit.cli import main"),

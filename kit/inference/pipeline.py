@@ -21,7 +21,7 @@ from kit import assemble, manifest, paths, runtime
 from kit.budget import Budget
 from kit.config import Recipe
 from kit.data.tables import read_table
-from kit.errors import BundleError, DataError
+from kit.errors import BundleError, DataError, KitError
 from kit.inference.blend import fit_weights, pool
 from kit.inference.submission import Submission
 from kit.metrics import bootstrap
@@ -125,7 +125,6 @@ def infer(
     for a wrong test set and BundleError for a damaged bundle, both after the fallback submission is written where that is possible.
     use_contexts = False scores without retrieval, to see what it is worth.
     """
-    runtime.go_offline()
     root = root or runtime.input_root()
     if test is None:
         folder = paths.find_competition(root)
@@ -175,99 +174,124 @@ class _Inference:
     budget: Budget
     root: Path
     use_contexts: bool
+    contexts: dict[str, Sequence[Any]] = field(default_factory=dict)
+    retrieval_failures: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Outcome:
         with self.budget.measure("fallback"):
-            folders = [paths.find_bundle(bundle, self.root) for bundle in self.bundles]
-            members = sorted((Member.open(manifest.read(folder)) for folder in folders if manifest.read(folder).kind == "member"), key=lambda m: m.bytes)
-            if not members:
-                raise BundleError(f"no member bundle among [{', '.join(map(str, self.bundles))}] (mounted below {self.root}): pack a trained run, and attach it")
-            examples = members[0].task.read(read_table(self.test))
-            self.submission = Submission.open(self.out, members[0].task, examples, self.sample)
+            folders, self.members, refused = self._open()
+            self.examples = self.members[0].task.read(read_table(self.test))
+            self.submission = Submission.open(self.out, self.members[0].task, self.examples, self.sample)
             self.submission.write()
+        if refused:
+            raise refused
         with self.budget.measure("verify"):
-            indexes = {name: paths.find_bundle(name, self._index_root(folders)) for name in sorted({m.index for m in members if m.index})}
-            for folder in (*folders, *indexes.values()):
+            self.indexes = {name: paths.find_bundle(name, self._index_root(folders)) for name in sorted({m.index for m in self.members if m.index})}
+            for folder in (*folders, *self.indexes.values()):
                 manifest.verify(folder)
-            weights, oof = weigh(members)
-        progress = {member.name: Progress(np.zeros((len(examples), members[0].task.width(examples))), np.zeros(len(examples))) for member in members}
-        contexts = self._contexts(members, examples, indexes)
-        for member in members:
-            self._run_member(member, contexts, examples, progress, weights, members)
-        return self._outcome(members, weights, oof, progress)
+            self.weights, oof = weigh(self.members)
+        shape = (len(self.examples), self.members[0].task.width(self.examples))
+        self.progress = {member.name: Progress(np.zeros(shape), np.zeros(shape[0])) for member in self.members}
+        for member in self.members:
+            self._run_member(member)
+        return self._outcome(oof)
+
+    def _open(self) -> tuple[list[Path], list[Member], KitError | None]:
+        """Folders of all bundles, the members among them, the cheapest first, and why one could not be opened (kept until the fallback is written)."""
+        folders, members, refused = [], [], None
+        for bundle in self.bundles:
+            try:
+                folders.append(paths.find_bundle(bundle, self.root))
+                if manifest.read(folders[-1]).kind == "member":
+                    members.append(Member.open(manifest.read(folders[-1])))
+                    assert members[-1].task
+            except KitError as error:
+                refused = refused or error
+        if not members:
+            named = ", ".join(map(str, self.bundles))
+            raise refused or BundleError(f"no member bundle among [{named}] (mounted below {self.root}): pack a trained run, and attach it")
+        return folders, sorted(members, key=lambda member: member.bytes), refused
 
     def _index_root(self, folders: list[Path]) -> Path:
         """Where index bundles are looked for: below the mounts, or beside the members where there are none."""
         return self.root if self.root.is_dir() else folders[0].parent
 
-    def _contexts(self, members: list[Member], examples: Sequence[Any], indexes: dict[str, Path]) -> dict[str, list[Any]]:
-        """Examples with contexts, by the settings that make them; members with equal settings share them."""
-        found: dict[str, list[Any]] = {}
-        with self.budget.measure("retrieval"):
-            for member in members:
-                settings, key = member.recipe.retrieve, _context_key(member)
-                if settings is None or member.index is None or key in found or not self.use_contexts:
-                    continue
-                found[key] = assemble.add_contexts(examples, member.task, settings, assemble.Library.open(indexes[member.index]))
-        return found
-
-    def _run_member(
-        self, member: Member, contexts: dict[str, list[Any]], examples: Sequence[Any],
-        progress: dict[str, Progress], weights: np.ndarray, members: list[Member],
-    ) -> None:  # fmt: skip
+    def _run_member(self, member: Member) -> None:
         """Score every fit of one member while time lasts, rewriting the submission after each; a failure costs this member's rest alone."""
-        mine = progress[member.name]
+        mine = self.progress[member.name]
+        examples = self._with_contexts(member)
         try:
             with self.budget.measure(member.name):
-                examples = contexts.get(_context_key(member), examples)
                 for fit in member.fits:
                     if self.budget.remaining() <= 0:
                         mine.failure = f"no time left before {fit}"
                         break
-                    self._run_fit(member, fit, examples, mine)
-                    self._rewrite(progress, weights, members)
+                    self._run_fit(member, fit, examples)
         except Exception as error:  # whatever a member dies of, the run goes on with the others
             log.exception("member %s failed", member.name)
-            mine.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            self._rewrite(progress, weights, members)
+            mine.failure = _reason(error)
 
-    def _run_fit(self, member: Member, fit: str, examples: Sequence[Any], mine: Progress) -> None:
-        folder, task = member.folder / fit, member.task
+    def _with_contexts(self, member: Member) -> Sequence[Any]:
+        """The examples with the contexts this member was trained with; members with equal settings share them.
+
+        Where retrieval fails they stay without: a weaker score is better than none, and the failure is said.
+        """
+        settings = member.recipe.retrieve
+        if settings is None or member.index is None or not self.use_contexts:
+            return self.examples
+        key = assemble.digest([member.index, settings.model_dump(mode="json")])
+        if key not in self.contexts:
+            self.contexts[key] = self.examples
+            try:
+                with self.budget.measure("retrieval"):
+                    library = assemble.Library.open(self.indexes[member.index])
+                    self.contexts[key] = assemble.add_contexts(self.examples, member.task, settings, library)
+            except Exception as error:
+                log.exception("retrieval failed")
+                self.retrieval_failures[key] = f"scored without contexts, because retrieval failed: {_reason(error)}"
+        self.progress[member.name].failure = self.retrieval_failures.get(key)
+        return self.contexts[key]
+
+    def _run_fit(self, member: Member, fit: str, examples: Sequence[Any]) -> None:
+        """Score the examples with one fit, as far as time and memory reach, and rewrite the submission with what was scored."""
+        folder, task, mine = member.folder / fit, member.task, self.progress[member.name]
         tokens = assemble.load_tokens(member.recipe, folder)
         model = assemble.load_model(member.recipe, task, folder)
         features = task.encode(examples, tokens)
         chosen = runtime.choose(member.recipe.infer.precision)
         batches = stream(model, task, features, tokens, runtime=chosen, batch_tokens=member.recipe.infer.batch_tokens)
         scored: dict[int, np.ndarray] = {}
-        with tqdm(total=len(features), desc=f"{member.name} {fit}", unit="row", disable=None, leave=False) as bar:
-            for indices, scores in batches:
-                scored.update(zip(indices, scores, strict=True))
-                bar.update(len(indices))
-                if self.budget.remaining() <= 0 and len(scored) < len(features):
-                    mine.failure = f"no time left in {fit} after {len(scored)} of {len(features)} rows"
-                    break
-        mine.add(task.decode(list(scored.values()), [features[index] for index in scored], examples))
-        del model, batches
-        runtime.free_memory()
+        try:
+            with tqdm(total=len(features), desc=f"{member.name} {fit}", unit="row", disable=None, leave=False) as bar:
+                for indices, scores in batches:
+                    scored.update(zip(indices, scores, strict=True))
+                    bar.update(len(indices))
+                    if self.budget.remaining() <= 0 and len(scored) < len(features):
+                        mine.failure = f"no time left in {fit} after {len(scored)} of {len(features)} rows"
+                        break
+        finally:
+            mine.add(task.decode(list(scored.values()), [features[index] for index in scored], examples))
+            self._rewrite()
+            del model, batches
+            runtime.free_memory()
 
-    def _rewrite(self, progress: dict[str, Progress], weights: np.ndarray, members: list[Member]) -> None:
-        if any(mine.count.any() for mine in progress.values()):
-            self.submission.write(pool([progress[member.name].prediction for member in members], weights))
+    def _rewrite(self) -> None:
+        if any(mine.count.any() for mine in self.progress.values()):
+            self.submission.write(pool([self.progress[member.name].prediction for member in self.members], self.weights))
 
-    def _outcome(self, members: list[Member], weights: np.ndarray, oof: dict[str, dict[str, float]], progress: dict[str, Progress]) -> Outcome:
+    def _outcome(self, oof: dict[str, dict[str, float]]) -> Outcome:
         return Outcome(
             submission=self.out,
-            rows=len(self.submission.examples),
-            finished=all((progress[member.name].count == len(member.fits)).all() for member in members),
-            weights={member.name: float(weight) for member, weight in zip(members, weights, strict=True)},
-            scored={name: int((mine.count > 0).sum()) for name, mine in progress.items()},
-            failures={name: mine.failure for name, mine in progress.items() if mine.failure},
+            rows=len(self.examples),
+            finished=all((self.progress[member.name].count == len(member.fits)).all() for member in self.members),
+            weights={member.name: float(weight) for member, weight in zip(self.members, self.weights, strict=True)},
+            scored={name: int((mine.count > 0).sum()) for name, mine in self.progress.items()},
+            failures={name: mine.failure for name, mine in self.progress.items() if mine.failure},
             seconds={**self.budget.measured, "total": self.budget.elapsed()},
             oof=oof,
-            predictions={name: mine.prediction for name, mine in progress.items()},
+            predictions={name: mine.prediction for name, mine in self.progress.items()},
         )
 
 
-def _context_key(member: Member) -> str:
-    settings = member.recipe.retrieve
-    return assemble.digest([member.index, settings and settings.model_dump(mode="json")])
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

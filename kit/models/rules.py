@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from kit.errors import BundleError, ConfigError
 from kit.models.checkpoint import load_weights, save_weights
-from kit.tasks import Batch, Encoding
+
+if TYPE_CHECKING:
+    from kit.tasks import Batch, Encoding
 
 FILE = "config.json"
 FEATURES = ("length", "words", "sentence", "pairs", "numbers", "negation")

@@ -149,7 +149,7 @@ def _write(rows: Iterator[_Row], source: Path, path: Path) -> int:
             hashes.extend(hash(row.id) for row in block)
             bar.update(len(block))
     if not places:
-        raise DataError(f"{source}: holds no passage")
+        raise DataError(f"{source}: holds no passage: give a file with at least one row of id and text")
     _refuse_duplicate_ids(path, source, places, hashes)
     return len(places)
 

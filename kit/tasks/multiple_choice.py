@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LETTERS = ascii_uppercase
+_USUAL_OPTIONS = 5
 _BLANK = -1e4  # score of a blank option: below any real one, and finite in fp16
 
 
@@ -62,7 +64,11 @@ class MultipleChoice:
     @property
     def metrics(self) -> dict[str, Callable[..., float]]:
         """MAP@3 decides; accuracy and accuracy@3 are reported beside it."""
-        return {f"map@{self.top}": map_at_k, "accuracy": accuracy, f"accuracy@{self.top}": accuracy_at_k}
+        return {
+            f"map@{self.top}": partial(map_at_k, k=self.top),
+            "accuracy": accuracy,
+            f"accuracy@{self.top}": partial(accuracy_at_k, k=self.top),
+        }
 
     def read(self, table: Table) -> list[Question]:
         """Questions of a table with columns id, prompt, A, B, … and, when known, answer and context. Raises DataError."""
@@ -161,7 +167,7 @@ class MultipleChoice:
         for table, column in ((submission, "prediction"), (answers, "answer")):
             if column not in table.frame:
                 raise table.error(f"column {column!r} is missing (columns: {', '.join(table.frame.columns)})")
-        known = [letter for letter in LETTERS if letter in answers.frame] or list(LETTERS)
+        known = [letter for letter in LETTERS if letter in answers.frame] or _letters_of(answers)
         prediction = np.full((len(submission.frame), self.top + len(LETTERS)), -1.0, np.float32)
         prediction[:, : self.top] = 0.0
         for row, text in enumerate(submission.frame["prediction"]):
@@ -199,6 +205,12 @@ def _answer_index(table: Table, row: int, answer: str, options: tuple[str, ...],
     if not options[letters.index(answer)].strip():
         raise table.error("the answer names a blank option", row=row, column="answer")
     return letters.index(answer)
+
+
+def _letters_of(answers: Table) -> list[str]:
+    """A to E, or on to the last letter among the answers, where the table does not have the options themselves."""
+    last = max((LETTERS.find(letter.strip()) for letter in answers.frame["answer"] if len(letter.strip()) == 1), default=0)
+    return list(LETTERS[: max(last + 1, _USUAL_OPTIONS)])
 
 
 def _letters(table: Table, row: int, text: str, known: list[str], top: int) -> list[str]:

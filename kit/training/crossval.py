@@ -58,7 +58,6 @@ def train(
     debug: a few rows and one epoch, in a run of its own. Runs under `accelerate launch` and `torchrun` as it is.
     Raises ConfigError, DataError, BundleError.
     """
-    runtime.go_offline()
     if debug:
         recipe = recipe.with_overrides([f'name="{recipe.name}-debug"', "train.epochs=1", "data.folds=2"])
     assemble.check(recipe)

@@ -223,8 +223,7 @@ class _Fitting:
             saved = json.loads(values["state"])
             self.model.load_state_dict(values["model"])
         except Exception as error:  # torch and pickle raise unrelated types for a damaged file, some without a text
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BundleError(f"{path}: the interrupted fit cannot be read ({reason}): delete {path.parent} to begin this fold again") from None
+            raise BundleError(f"{path}: the interrupted fit cannot be read ({type(error).__name__}): delete {path.parent} to begin this fold again") from None
         self.optimizer.load_state_dict(values["optimizer"])
         self.schedule.load_state_dict(values["schedule"])
         self.scaler.load_state_dict(values["scaler"])

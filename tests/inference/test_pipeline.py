@@ -350,7 +350,7 @@ def test_an_outcome_is_saved_with_each_members_predictions(shop: Workshop, tmp_p
     summary = pd.read_json(tmp_path / "details" / "outcome.json", typ="series")
     assert summary["finished"]
     assert summary["rows"] == packed.TEST_ROWS
-    assert set(summary["seconds"]) >= {"fallback", "verify", "retrieval", "total", shop.members["plain"].name}
+    assert set(summary["seconds"]) >= {"fallback", "verify", "total", shop.members["plain"].name}
 
 
 def test_inference_calls_no_other_machine(shop: Workshop, tmp_path: Path) -> None:
