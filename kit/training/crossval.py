@@ -202,7 +202,8 @@ def _backbone(recipe: Recipe, examples: Examples, artifacts: Path) -> Path:
 
 
 def _weights_digest(source: Path) -> str:
-    return assemble.digest([[path.name, manifest.sha256(path)] for path in sorted(source.glob("*.safetensors"))])
+    files = sorted(path for pattern in ("*.safetensors", "*.json") for path in source.glob(pattern))
+    return assemble.digest([[path.name, manifest.sha256(path)] for path in files if path.name != manifest.FILE])
 
 
 def _start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> None:

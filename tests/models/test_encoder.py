@@ -72,7 +72,7 @@ def test_layer_groups_hold_each_parameter_once(folder: Path, pooling: str) -> No
     layers = [f"layer.{index}." for index in range(tiny.LAYERS)]
     assert all(layer in name for index, layer in enumerate(layers) for name in names_of(model, index + 1))
     assert not any(layer in name for layer in layers for name in names_of(model, 0))
-    assert {name.split(".")[0] for name in names_of(model, -1)} == ({"head", "pool"} if pooling == "attention" else {"head"})
+    assert names_of(model, -1) == [name for name, _ in model.named_parameters() if name.startswith(("pool.", "head."))]
     assert any(parameter is model.input_embeddings for parameter in groups[0])
 
 
@@ -106,6 +106,17 @@ def test_outputs_depend_on_text_and_pair_and_their_order(folder: Path) -> None:
     model = tiny.encoder(folder)
     rows = output(model, batch_of(folder, [("light", "snow"), ("snow", "light"), ("light", "soil"), ("dark", "snow")]))
     assert len({round(float(row), 6) for row in rows}) == 4
+
+
+def test_token_types_reach_models_that_have_them_and_no_others(folders: dict[str, Path], tmp_path: Path) -> None:
+    for family in ("bert", "electra", "distilbert", "deberta"):
+        batch = batch_of(folders[family], [("light", "snow")])
+        other = {**batch, "token_type_ids": torch.zeros_like(batch["token_type_ids"])}
+        model = tiny.encoder(folders[family])
+        assert batch["token_type_ids"].any()
+        assert torch.equal(output(model, batch), output(model, other)) == (family in ("distilbert", "deberta"))
+    one_type = tiny.encoder_folder(tmp_path, "bert", type_vocab_size=1)
+    assert torch.isfinite(output(tiny.encoder(one_type), batch_of(one_type))).all()
 
 
 def test_the_longest_sequence_runs_and_the_limit_counts_robertas_offset(folder: Path, family: str) -> None:
@@ -175,6 +186,7 @@ def test_input_embeddings_are_the_word_table(folder: Path) -> None:
 def test_weights_in_half_precision_are_read_as_float32(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(folders["bert"], tmp_path)
     save_file({name: value.half() for name, value in load_file(folder / "model.safetensors").items()}, folder / "model.safetensors", {"format": "pt"})
+    edit_config(folder, dtype="float16")
     model = Encoder.create(folder, outputs=1)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

@@ -272,9 +272,14 @@ def test_rows_name_distinct_letters_with_blank_options_last_whatever_the_scores(
         assert values == sorted(values, reverse=True)
 
 
-def test_rows_break_ties_by_the_order_of_options_and_nan_rows_are_a_b_c() -> None:
-    prediction = np.array([[0.1, 0.4, 0.1, 0.4, 0], [np.nan] * 5, [0, 0, np.nan, 0, 1]], np.float32)
-    assert TASK.rows(prediction, tiny.questions(3))["prediction"].tolist() == ["B D A", "A B C", "E A B"]
+def test_rows_break_ties_by_the_order_of_options_and_put_what_is_not_finite_last() -> None:
+    prediction = np.array([[0.1, 0.4, 0.1, 0.4, 0], [np.nan] * 5, [0, 0, np.nan, 0, 1], [np.inf, 0.1, -np.inf, 0.2, np.nan]], np.float32)
+    assert TASK.rows(prediction, tiny.questions(4))["prediction"].tolist() == ["B D A", "A B C", "E A B", "D B A"]
+
+
+def test_a_test_question_whose_options_are_all_blank_is_read_and_answered() -> None:
+    (question,) = TASK.read(table(id=["0"], prompt=["p"], A=[""], B=[" "], C=[""], D=[""]))
+    assert TASK.rows(np.full((1, 4), np.nan, np.float32), [question])["prediction"].tolist() == ["A B C"]
 
 
 def test_top_sets_the_number_of_letters() -> None:
@@ -335,6 +340,21 @@ def test_parse_refuses_what_the_site_refuses(prediction: str, message: str) -> N
         TASK.parse(submission(prediction), answers("A", options="ABCDE"))
 
 
+def test_answers_without_the_options_mean_a_to_e_or_on_to_their_last_letter() -> None:
+    assert score(submission("E D A"), answers("E")) == 1
+    with pytest.raises(DataError, match=r"'F' is no option \(A to E\)"):
+        TASK.parse(submission("F A B"), answers("E"))
+    assert score(submission("F A B", "G A F"), answers("A", "G")) == pytest.approx((1 / 2 + 1) / 2)
+
+
+@pytest.mark.parametrize(("top", "expected"), [(1, [0.0, 0.0]), (2, [0.5, 1.0]), (5, [0.5, 1.0])])
+def test_the_metrics_look_at_as_many_letters_as_a_prediction_has(top: int, expected: list[float]) -> None:
+    prediction, targets = np.array([[0.1, 0.4, 0.2, 0.3, 0]], np.float32), np.array([3])
+    metrics = MultipleChoice(top=top).metrics
+    assert next(iter(metrics)) == f"map@{top}"
+    assert [metrics[f"map@{top}"](prediction, targets), metrics[f"accuracy@{top}"](prediction, targets)] == expected
+
+
 def test_parse_names_the_row_that_is_wrong() -> None:
     with pytest.raises(DataError, match=r"row 2 \(id '1'\)"):
         TASK.parse(submission("A B C", "A B B"), answers("A", "B"))
@@ -355,4 +375,4 @@ def test_a_written_and_parsed_prediction_scores_the_same(options: int, n: int, d
     targets = np.array(data.draw(st.lists(st.integers(0, options - 1), min_size=n, max_size=n)))
     examples = [Question(str(row), "p", ("text",) * options) for row in range(n)]
     written = Table("written.csv", TASK.rows(prediction, examples))
-    assert score(written, answers(*(LETTERS[target] for target in targets))) == pytest.approx(map_at_k(prediction, targets))
+    assert score(written, answers(*(LETTERS[target] for target in targets), options=LETTERS[:options])) == pytest.approx(map_at_k(prediction, targets))

@@ -256,7 +256,7 @@ def test_a_resumed_fit_ends_bit_for_bit_as_an_undisturbed_one(
     with pytest.raises(KeyboardInterrupt):
         train_one(questions[:8], questions[8:], name="stopped", task=Interrupted(max_length=48, at=at), **settings)
     resumed = train_one(questions[:8], questions[8:], name="stopped", **settings)
-    assert len(resumed.gradients) < len(whole.gradients) or at in (("augment", 1), ("decode", 1))
+    assert precision == "fp16" or at[1] == 1 or len(resumed.gradients) < len(whole.gradients)
     assert largest_difference(whole.weights, resumed.weights) == 0.0
     assert (whole.folder / "model.safetensors").read_bytes() == (resumed.folder / "model.safetensors").read_bytes()
     assert np.array_equal(whole.fit.prediction, resumed.fit.prediction)
