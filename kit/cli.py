@@ -98,7 +98,8 @@ def train(
     from kit.training.crossval import train as train_recipe
 
     run = train_recipe(Recipe.load(recipe, set_ or ()), artifacts=artifacts, folds=_numbers(folds), full=full, debug=debug_rows)
-    _show({"run": run.folder, "curves": draw_curves(run.folder), **run.metrics}, as_json)
+    if runtime.is_main_process():
+        _show({"run": run.folder, "curves": draw_curves(run.folder), **run.metrics}, as_json)
 
 
 @app.command(epilog="Example: kit pack artifacts/runs/sample_minilm-1a2b3c4d")

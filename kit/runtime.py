@@ -98,6 +98,11 @@ def go_offline() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
 
 
+def is_main_process() -> bool:
+    """Whether this is the only, or the first, of the processes that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def input_root() -> Path:
     """The folder where bundles and competition files are mounted."""
     return Path(os.environ.get(INPUT_ROOT) or COMPETITION_INPUT)

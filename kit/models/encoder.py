@@ -14,11 +14,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from kit.errors import BundleError, ConfigError, nearest
 from kit.models.checkpoint import load_weights, save_weights
 from kit.models.pooling import POOLINGS
 from kit.models.tokens import HFTokens, train_wordpiece
+
+disable_progress_bar()  # transformers' bar for reading weights, which also fills logs
 
 Batch = dict[str, Tensor]
 _CONFIG = "config.json"

@@ -160,7 +160,7 @@ def _table(summary: dict[str, Any]) -> str:
     lines += [f"{name:<30} {value:>7.1f}{'  (kept)' if name in summary['reused'] else ''}" for name, value in summary["seconds"].items()]
     lines += ["", f"{'MAP@3 in cross-validation':<44} value ± SE"]
     for run, fits in maps["folds"].items():
-        lines += [f"  {run} {fit:<{40 - len(run)}} {value:.3f}" for fit, value in fits.items()]
+        lines += [_line(f"{run} {fit}", estimate) for fit, estimate in fits.items()]
         lines += [_line(f"{run} OOF", maps["oof"][run])]
     lines += [_line("blend OOF", {"value": maps["oof"]["blend"]["map@3"], "se": maps["oof"]["blend"]["se"]})]
     lines += ["", f"{'MAP@3 on the test set, ' + str(summary['rows']) + ' rows':<44} value ± SE"]

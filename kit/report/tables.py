@@ -12,9 +12,9 @@ def run_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Metrics of runs (name → metrics as `kit.train` gives them): a row per fit and one for OOF, as value ± standard error."""
     rows = []
     for run, values in metrics.items():
-        rows += [{"run": run, "part": fit, **{name: f"{value:.4f}" for name, value in row.items()}} for fit, row in values["folds"].items()]
-        oof = {name: f"{estimate['value']:.4f} ± {estimate['se']:.4f}" for name, estimate in values.get("oof", {}).items()}
-        rows += [{"run": run, "part": "OOF", **oof}] if oof else []
+        parts = {**values["folds"], **({"OOF": values["oof"]} if "oof" in values else {})}
+        for part, estimates in parts.items():
+            rows.append({"run": run, "part": part, **{name: f"{e['value']:.4f} ± {e['se']:.4f}" for name, e in estimates.items()}})
     return pd.DataFrame(rows).set_index(["run", "part"])
 
 

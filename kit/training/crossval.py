@@ -7,6 +7,7 @@ artifacts/runs/<recipe>-<hash8>/: recipe.toml, inputs.json, folds.npy, oof.parqu
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from accelerate.tracking import filter_trackers
 
 from kit import assemble, manifest, runtime
 from kit.config import Recipe
+from kit.data.audit import duplicates, overlaps
 from kit.data.folds import make_folds
 from kit.data.tables import read_table
 from kit.errors import ConfigError, DependencyError
@@ -28,12 +30,17 @@ from kit.tasks import Task
 from kit.training.loop import fit
 from kit.training.track import JSONLines
 
+log = logging.getLogger(__name__)
+
 FULL = "full"
 _DEBUG_ROWS = 32
 
 
 class Run(NamedTuple):
-    """folder: of the run. metrics: {"oof": {name: {"value", "se"}}, "folds": {fit: {name: value}}}; "oof" only once every fold is fitted."""
+    """folder: of the run. metrics: {"folds": {fit: {name: estimate}}, "oof": {name: estimate}}; "oof" only once every fold is fitted.
+
+    An estimate has value, se, low and high (95 %).
+    """
 
     folder: Path
     metrics: dict[str, Any]
@@ -101,9 +108,19 @@ def read_examples(recipe: Recipe, task: Task, artifacts: Path, *, rows: int | No
         both = assemble.cached_contexts([*own, *extra], task, recipe, artifacts)
         own, extra = both[: len(own)], both[len(own) :]
     groups = table.frame[recipe.data.group].tolist()[:rows] if recipe.data.group else None
+    _warn_of_leaks(recipe, task.queries(own, "prompt_options"), task.queries(extra, "prompt_options"))
     files = [manifest.sha256(base / name) for name in (recipe.data.train, *recipe.data.extra)]
     index = assemble.index_name(recipe) if recipe.retrieve else None
     return Examples(own, extra, groups, index, assemble.digest([files, index, rows]))
+
+
+def _warn_of_leaks(recipe: Recipe, own: Sequence[str], extra: Sequence[str]) -> None:
+    """Say where near-duplicates make OOF look better than the truth."""
+    file = recipe.data.train
+    if seen := overlaps(extra, own):
+        log.warning("extra row %d nearly repeats row %d of %s (%d such rows): OOF will look too good", seen[0].left + 1, seen[0].right + 1, file, len(seen))
+    if recipe.data.fold_by != "grouped" and (twice := duplicates(own)):
+        log.warning("rows %d and %d of %s are nearly equal (%d such pairs): name a data.group", twice[0].left + 1, twice[0].right + 1, file, len(twice))
 
 
 def fit_name(recipe: Recipe, fold: int, seed: int) -> str:
@@ -113,21 +130,27 @@ def fit_name(recipe: Recipe, fold: int, seed: int) -> str:
 
 def summarise(folder: Path, recipe: Recipe, task: Task, own: Sequence[Any], numbers: np.ndarray, *, write: bool) -> dict[str, Any]:
     """Metrics per fit and, when every fold is there, of the OOF predictions (mean over seeds), with bootstrap standard errors."""
-    done = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/metrics.json"))}
-    metrics: dict[str, Any] = {"folds": done}
     names = [[fit_name(recipe, fold, seed) for seed in recipe.train.seeds] for fold in range(recipe.data.folds)]
-    if all(name in done for fold in names for name in fold):
-        parts = [np.mean([np.load(folder / name / "valid.npy") for name in fold], axis=0) for fold in names]
-        oof = np.empty((len(own), parts[0].shape[1]), np.float32)
-        for fold, part in enumerate(parts):
-            oof[numbers == fold] = part
-        targets = task.targets(own)
-        metrics["oof"] = {name: bootstrap(metric, oof, targets)._asdict() for name, metric in task.metrics.items()}
+    done = {path.parent.name for path in folder.glob("*/metrics.json")}
+    parts = {name: np.load(folder / name / "valid.npy") for fold in names for name in fold if name in done}
+    targets = task.targets(own)
+    held = {name: targets[numbers == number] for number, fold in enumerate(names) for name in fold}
+    folds = {name: _estimates(task, part, held[name]) for name, part in parts.items()}
+    metrics: dict[str, Any] = {"folds": {**folds, **({FULL: {}} if FULL in done else {})}}
+    if len(parts) == len(held):
+        oof = np.empty((len(own), next(iter(parts.values())).shape[1]), np.float32)
+        for number, fold in enumerate(names):
+            oof[numbers == number] = np.mean([parts[name] for name in fold], axis=0)
+        metrics["oof"] = _estimates(task, oof, targets)
         if write:
             write_oof(folder / "oof.parquet", own, numbers, targets, oof)
     if write:
         manifest.write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
+
+
+def _estimates(task: Task, prediction: np.ndarray, targets: np.ndarray) -> dict[str, dict[str, float]]:
+    return {name: bootstrap(metric, prediction, targets)._asdict() for name, metric in task.metrics.items()}
 
 
 def write_oof(path: Path, own: Sequence[Any], numbers: np.ndarray, targets: np.ndarray, oof: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from kit.config import TrainPart
-from kit.errors import BundleError
+from kit.errors import BundleError, KitError
 from kit.manifest import write_atomically
 from kit.models.checkpoint import load_weights, save_weights
 from kit.predict import predict
@@ -28,6 +28,10 @@ from kit.runtime import Runtime, seed_everything
 from kit.tasks import Feature, Task, Tokens
 from kit.training.adversarial import fgm
 from kit.training.optim import freeze, make_schedule, parameter_groups
+
+
+class DivergedError(KitError):
+    """Training broke down; what earlier epochs and fits gave is kept."""
 
 
 class Fit(NamedTuple):
@@ -173,7 +177,9 @@ class _Fitting:
     def _advance(self) -> None:
         """Unscale, clip, step; where the scaler skips a step (overflow), the schedule waits too."""
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+            raise DivergedError(f"{self.label}: the gradient is not finite: lower train.lr, or set train.precision = \"fp32\"")
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -7,7 +7,10 @@ from typing import Any
 from kit.report.tables import outcome_table, run_table
 
 METRICS: dict[str, Any] = {
-    "folds": {"fold0": {"map@3": 0.51234, "accuracy": 0.3}, "fold1": {"map@3": 0.6, "accuracy": 0.4}},
+    "folds": {
+        "fold0": {"map@3": {"value": 0.51234, "se": 0.04}, "accuracy": {"value": 0.3, "se": 0.05}},
+        "fold1": {"map@3": {"value": 0.6, "se": 0.04}, "accuracy": {"value": 0.4, "se": 0.05}},
+    },
     "oof": {"map@3": {"value": 0.55555, "se": 0.0123, "low": 0.5, "high": 0.6}, "accuracy": {"value": 0.35, "se": 0.02, "low": 0.3, "high": 0.4}},
 }
 
@@ -16,7 +19,7 @@ def test_a_run_has_a_row_per_fit_and_one_for_oof_with_its_standard_error() -> No
     table = run_table({"first": METRICS, "second": METRICS})
     assert table.index.tolist() == [(run, part) for run in ("first", "second") for part in ("fold0", "fold1", "OOF")]
     assert list(table) == ["map@3", "accuracy"]
-    assert table.loc[("first", "fold0")].tolist() == ["0.5123", "0.3000"]
+    assert table.loc[("first", "fold0")].tolist() == ["0.5123 ± 0.0400", "0.3000 ± 0.0500"]
     assert table.loc[("second", "OOF")].tolist() == ["0.5555 ± 0.0123", "0.3500 ± 0.0200"]
 
 

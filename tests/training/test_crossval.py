@@ -26,7 +26,7 @@ from kit.errors import BundleError, ConfigError, DataError
 from kit.metrics import accuracy, map_at_k
 from kit.predict import predict
 from kit.tasks.multiple_choice import Question
-from kit.training.crossval import Run, train
+from kit.training.crossval import Run, read_examples, train
 from tests import tiny
 from tests.training.conftest import largest_difference, meant, step_gradients
 
@@ -131,7 +131,7 @@ def test_the_run_folder_says_which_folds_recipe_and_metrics(run: Run, recipe: Re
     assert 0 < metrics["oof"]["map@3"]["se"] < 0.5
     for fold in range(3):
         rows = (frame["fold"] == fold).to_numpy()
-        assert metrics["folds"][f"fold{fold}"]["map@3"] == map_at_k(oof[rows], frame["t0"].to_numpy()[rows])
+        assert metrics["folds"][f"fold{fold}"]["map@3"]["value"] == map_at_k(oof[rows], frame["t0"].to_numpy()[rows])
 
 
 def test_a_finished_fit_keeps_what_inference_needs_and_no_state(run: Run) -> None:
@@ -437,3 +437,12 @@ def test_only_the_first_process_writes(spread: tuple[Recipe, Path]) -> None:
     assert any(line.endswith("folds.npy") for line in lines) and any("last" in line for line in lines)
     log = next(spread[1].glob("runs/*/log.jsonl")).read_text().splitlines()
     assert len(log) == 2 * 2
+
+
+def test_near_duplicates_between_parts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny.competition(tmp_path / "data", train=8)
+    frame = pd.read_csv(folder / "train.csv", dtype=str, keep_default_na=False)
+    frame.assign(id=[f"again-{id_}" for id_ in frame["id"]]).head(2).to_csv(folder / "extra.csv", index=False)
+    recipe = tiny.recipe(folder, 'data.extra=["extra.csv"]')
+    read_examples(recipe, assemble.make_task(recipe), tmp_path)
+    assert "extra row 1 nearly repeats row 1 of train.csv (2 such rows)" in caplog.text
