@@ -137,7 +137,7 @@ class _DryRun:
         maps["folds"] = {name: {fit: row["map@3"] for fit, row in values["folds"].items()} for name, values in runs.items()}
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
         return {
-            "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)}, "reused": self.reused, "sockets": self.attempts,
+            "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)}, "parts": _parts(train, outcome), "reused": self.reused, "sockets": self.attempts,
             "peak_mb": round(peak), "rows": len(questions), "weights": outcome["weights"], "failures": outcome["failures"], "map@3": maps,
         }  # fmt: skip
 
@@ -153,11 +153,22 @@ class _DryRun:
         return [corpus[int(row[0])].text if row[0] >= 0 else "" for row in hits.ids]
 
 
+def _parts(train: Path, outcome: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Seconds inside the two notebooks: of every fit, and of what inference measured."""
+    fits = {path.parent: json.loads(path.read_text())["seconds"] for path in sorted((train / "working/artifacts/runs").glob("*/*/metrics.json"))}
+    return {
+        "train": {f"{folder.parent.name} {folder.name}": seconds for folder, seconds in fits.items()},
+        "infer": {name: round(seconds, 1) for name, seconds in outcome["seconds"].items() if name != "total"},
+    }
+
+
 def _table(summary: dict[str, Any]) -> str:
     """What a person wants to see at the end."""
     maps = summary["map@3"]
-    lines = ["", "stage                          seconds"]
-    lines += [f"{name:<30} {value:>7.1f}{'  (kept)' if name in summary['reused'] else ''}" for name, value in summary["seconds"].items()]
+    lines = ["", f"{'stage':<44} seconds"]
+    for name, value in summary["seconds"].items():
+        lines += [f"{name:<44} {value:>7.1f}{'  (kept)' if name in summary['reused'] else ''}"]
+        lines += [f"  of this {part:<34} {seconds:>7.1f}" for part, seconds in summary["parts"].get(name, {}).items()]
     lines += ["", f"{'MAP@3 in cross-validation':<44} value ± SE"]
     for run, fits in maps["folds"].items():
         lines += [_line(f"{run} {fit}", estimate) for fit, estimate in fits.items()]

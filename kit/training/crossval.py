@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,7 @@ class _Trainer:
         model.reinit_layers(self.recipe.train.reinit_layers)
         chosen = runtime.choose(self.recipe.train.precision, str(self.accelerator.device))
         tokens = assemble.load_tokens(self.recipe, self.source)
+        begun = time.monotonic()
         result = fit(
             model, self.task, tokens, training, valid,
             settings=self.recipe.train, runtime=chosen, accelerator=self.accelerator, folder=folder, seed=seed,
@@ -197,7 +199,7 @@ class _Trainer:
         if self.accelerator.is_main_process:
             tokens.save(folder)
             np.save(folder / "valid.npy", result.prediction)
-            manifest.write_atomically(folder / "metrics.json", json.dumps(result.metrics))
+            manifest.write_atomically(folder / "metrics.json", json.dumps({**result.metrics, "seconds": round(time.monotonic() - begun, 1)}))
             shutil.rmtree(folder / "state")  # not before the fit counts as done: a kill in between must not cost it
 
 
