@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import load_torch_model, save_torch_model
+from huggingface_hub import save_torch_model
+from safetensors.torch import load_file
 from torch import nn
 
 from kit.errors import BundleError
 
 _PATTERN = "model{suffix}.safetensors"
+_SHOWN = 300  # characters of a library's error
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
@@ -24,9 +26,12 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill the model from a folder that `save_weights` wrote; every name and shape must match. Raises BundleError."""
     folder = Path(folder)
-    if not any(folder.glob("model*.safetensors")):
+    shards = sorted(folder.glob("model*.safetensors"))
+    if not shards:
         raise BundleError(f"{folder}: no model*.safetensors: train the fold again, or check which folder is meant")
     try:
-        load_torch_model(model, folder, filename_pattern=_PATTERN, strict=True, safe=True)
+        state = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+        model.load_state_dict(state)
     except Exception as error:  # safetensors and torch raise unrelated types for damaged and mismatched files
-        raise BundleError(f"{folder}: the weights do not fit the model or are damaged: {str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:_SHOWN]
+        raise BundleError(f"{folder}: the weights do not fit the model or are damaged: {reason}") from None

@@ -155,9 +155,10 @@ class _DryRun:
 
 def _parts(train: Path, outcome: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Seconds inside the two notebooks: of every fit, and of what inference measured."""
-    fits = {path.parent: json.loads(path.read_text())["seconds"] for path in sorted((train / "working/artifacts/runs").glob("*/*/metrics.json"))}
+    logs = {path.parent.name: path.read_text().splitlines() for path in sorted((train / "working/artifacts/runs").glob("*/log.jsonl"))}
+    entries = [(run, key, value) for run, lines in logs.items() for line in lines for key, value in json.loads(line).items()]
     return {
-        "train": {f"{folder.parent.name} {folder.name}": seconds for folder, seconds in fits.items()},
+        "train": {f"{run} {key.partition('/')[0]}": value for run, key, value in entries if key.endswith("/seconds")},
         "infer": {name: round(seconds, 1) for name, seconds in outcome["seconds"].items() if name != "total"},
     }
 

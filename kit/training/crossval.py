@@ -196,10 +196,11 @@ class _Trainer:
             settings=self.recipe.train, runtime=chosen, accelerator=self.accelerator, folder=folder, seed=seed,
             batch_tokens=self.recipe.infer.batch_tokens, label=name,
         )  # fmt: skip
+        self.accelerator.log({f"{name}/seconds": round(time.monotonic() - begun, 1)})
         if self.accelerator.is_main_process:
             tokens.save(folder)
             np.save(folder / "valid.npy", result.prediction)
-            manifest.write_atomically(folder / "metrics.json", json.dumps({**result.metrics, "seconds": round(time.monotonic() - begun, 1)}))
+            manifest.write_atomically(folder / "metrics.json", json.dumps(result.metrics))
             shutil.rmtree(folder / "state")  # not before the fit counts as done: a kill in between must not cost it
 
 

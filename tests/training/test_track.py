@@ -33,6 +33,7 @@ def test_a_run_logs_every_epoch_of_every_fit_with_its_step_and_metrics(tmp_path:
         steps = len(history["steps"]) // 3
         for number, epoch in enumerate(history["epochs"]):
             assert next(logged) == {"step": steps * (number + 1), **{f"{fit}/{name}": value for name, value in epoch.items()}}
+        assert next(logged)[f"{fit}/seconds"] > 0
     assert not [*logged]
 
 
