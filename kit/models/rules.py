@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from kit.tasks import Batch, Encoding
 
 FILE = "config.json"
-FEATURES = ("length", "words", "sentence", "pairs", "numbers", "negation")
+FEATURES = ("characters", "length", "covered", "uncovered", "sentence", "pairs", "numbers", "negation")
+_USUAL_WEIGHT = 20.0  # of the words of an option, so that features are about 1
 _NEGATIONS = frozenset(("no", "not", "never", "none", "neither", "nor", "cannot", "without", "unlike", "except", "n't"))
 
 
 class RuleTokens:
-    """Texts → features (F,) float32, in the order of FEATURES."""
+    """Texts → features (F,) float32, in the order of FEATURES.
+
+    Sums rather than shares: what the prompt adds to them is the same for every option, and so does not count among them.
+    """
 
     def __init__(self, weights: dict[str, float]) -> None:
         self._weights = weights
@@ -51,14 +55,17 @@ class RuleTokens:
     def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0) -> list[Encoding]:
         """One encoding; input_ids has one entry, since the cost does not grow with the text."""
         words = _words(pair or "")
+        different = set(words)
         context, sentences, bigrams = self._context(text)
-        numbers = [word for word in words if word[0].isdigit()]
+        numbers = {word for word in different if word[0].isdigit()}
         features = [
+            len(pair or "") / 100,
             math.log1p(len(pair or "")),
-            self._share(words, context),
-            max((self._share(words, sentence) for sentence in sentences), default=0.0),
-            _part(set(pairwise(words)), bigrams),
-            _part(set(numbers), context) if numbers else 0.5,
+            self._weight(different & context) / _USUAL_WEIGHT,
+            self._weight(different - context) / _USUAL_WEIGHT,
+            max((self._weight(different & sentence) for sentence in sentences), default=0.0) / _USUAL_WEIGHT,
+            len(set(pairwise(words)) & bigrams) / 10,
+            len(numbers & context) / len(numbers) if numbers else 0.5,
             float(any(word in _NEGATIONS for word in words)),
         ]
         return [{"input_ids": np.zeros(1, np.int32), "features": np.array(features, np.float32)}]
@@ -80,10 +87,8 @@ class RuleTokens:
         words = _words(text)
         return set(words), [set(_words(part)) for part in re.split(r"(?<=[.!?])\s", text)], set(pairwise(words))
 
-    def _share(self, words: Sequence[str], there: set[str]) -> float:
-        """Share of the different words, by weight, that are there."""
-        weight = {word: self._weights.get(word, self._unseen) for word in set(words)}
-        return sum(value for word, value in weight.items() if word in there) / max(sum(weight.values()), 1e-9)
+    def _weight(self, words: set[str]) -> float:
+        return sum(self._weights.get(word, self._unseen) for word in sorted(words))  # sorted: the same sum in every process
 
 
 class Rules(nn.Module):
@@ -152,7 +157,3 @@ class Rules(nn.Module):
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\d+(?:[.,]\d+)*|n't|\w+", text.lower())
-
-
-def _part(these: set[Any], those: set[Any]) -> float:
-    return len(these & those) / max(1, len(these))
