@@ -112,6 +112,14 @@ def test_words_shared_with_the_best_passage_do_not_suffice(
     assert random_map(5) < value <= 0.70
 
 
+def test_the_option_most_like_the_others_is_right_no_more_often_than_chance(test_part: list[Question], targets: np.ndarray) -> None:
+    def centrality(question: Question) -> list[float]:
+        words = [set(re.findall(r"\w+", option.lower())) for option in question.options]
+        return [sum(len(own & other) / len(own | other) for other in words) for own in words]
+
+    assert map_at_k(np.array([centrality(question) for question in test_part]), targets) <= 0.45
+
+
 def test_no_question_of_the_test_part_stands_in_the_training_part(train: list[Question], test_part: list[Question]) -> None:
     def texts(questions: list[Question]) -> list[str]:
         return [" ".join((question.prompt, *sorted(question.options))) for question in questions]
