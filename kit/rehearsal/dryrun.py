@@ -60,7 +60,7 @@ class _DryRun:
         code = pack_code(train / "input" / "datasets" / "owner")  # the newer mount layout
         made = manifest.read(code).digest
         notebook = self.notebooks / "train.ipynb"
-        self._stage("train", [made, manifest.sha256(notebook)], lambda: self._notebook(notebook, train))
+        self._stage("train", [made, manifest.sha256(notebook)], lambda: self._train(notebook, train))
         bundles = self._mount_bundles(train / "working" / "artifacts" / "bundles", infer / "input")
         notebook = self.notebooks / "infer.ipynb"
         self._stage("infer", [made, bundles, manifest.sha256(notebook)], lambda: self._notebook(notebook, infer))
@@ -86,6 +86,11 @@ class _DryRun:
 
     def _notebook(self, notebook: Path, box: Path) -> None:
         self.attempts += run_notebook(notebook, box / "working", input_folder=box / "input", timeout_s=_TIMEOUT_S).attempts
+
+    def _train(self, notebook: Path, box: Path) -> None:
+        """Without bundles of an earlier run: they may have been trained on what is a test row now."""
+        shutil.rmtree(box / "working" / "artifacts" / "bundles", ignore_errors=True)
+        self._notebook(notebook, box)
 
     def _without_contexts(self, box: Path) -> None:
         """The same members on the same rows with empty contexts, sealed alike."""
@@ -126,6 +131,7 @@ class _DryRun:
         members = np.load(infer / "working" / "predictions.npz")
         outcome = json.loads((infer / "working" / "outcome.json").read_text())
         runs = {path.parent.name: json.loads(path.read_text()) for path in sorted((train / "working/artifacts/runs").glob("*/metrics.json"))}
+        runs = {name: values for name, values in runs.items() if assemble.slug(name) in outcome["weights"]}
         metric = task.metrics["map@3"]
         text = self._best_passages(train, [question.prompt for question in questions])
         scored = {"longest": longest(questions), "overlap": overlap(questions, text), **members}
@@ -156,6 +162,7 @@ class _DryRun:
 def _parts(train: Path, outcome: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Seconds inside the two notebooks: of every fit, and of what inference measured."""
     logs = {path.parent.name: path.read_text().splitlines() for path in sorted((train / "working/artifacts/runs").glob("*/log.jsonl"))}
+    logs = {name: lines for name, lines in logs.items() if assemble.slug(name) in outcome["weights"]}
     entries = [(run, key, value) for run, lines in logs.items() for line in lines for key, value in json.loads(line).items()]
     return {
         "train": {f"{run} {key.partition('/')[0]}": value for run, key, value in entries if key.endswith("/seconds")},
