@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from kit import manifest
 from kit.data.tables import read_table
 from kit.errors import KitError
 from kit.rehearsal.dryrun import dry_run
@@ -47,8 +48,12 @@ def write_notebooks(folder: Path, train: str = TRAIN, infer: str = INFER) -> Pat
 @pytest.mark.slow
 def test_both_notebooks_run_sealed_and_what_is_unchanged_is_not_run_again(tmp_path: Path) -> None:
     notebooks = write_notebooks(tmp_path / "notebooks")
-    summary, table = dry_run(tmp_path / "artifacts", notebooks)
     root = tmp_path / "artifacts" / "dry-run"
+    earlier = root / "train" / "working" / "artifacts" / "bundles" / "earlier"
+    earlier.mkdir(parents=True)
+    manifest.write(earlier, "earlier", "code")
+    summary, table = dry_run(tmp_path / "artifacts", notebooks)
+    assert not (root / "infer" / "input" / "earlier").exists()
     assert summary["sockets"] == []
     assert summary["reused"] == []
     assert summary["failures"] == {}
