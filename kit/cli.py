@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(arguments, standalone_mode=False, prog_name="kit")  # gives 130 for Ctrl-C
     except KitError as error:
-        code = _fail(error, arguments, 2)
+        code = _fail(error, arguments, error.exit_code)
     except typer.Exit as error:
         code = error.exit_code
     except Exception as error:  # the last resort: anything unexpected

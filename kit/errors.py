@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 
 class KitError(Exception):
-    """Base of every error that is the user's to mend; its text is one line."""
+    """Base of every error that is the user's to mend; its text is one line. exit_code: 2 where the input was refused, 1 where work that had begun failed."""
+
+    exit_code = 2
 
 
 class ConfigError(KitError):
@@ -31,6 +33,18 @@ class DependencyError(KitError):
 
 class BudgetError(KitError):
     """The time budget cannot be met as asked."""
+
+
+class RehearsalError(KitError):
+    """A rehearsed notebook or installation failed: names the cell or the package, and what was met."""
+
+    exit_code = 1
+
+
+class PublishError(KitError):
+    """The site refused something, or answered success that was none: names the dataset, notebook or submission."""
+
+    exit_code = 1
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
