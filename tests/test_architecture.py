@@ -39,7 +39,7 @@ ORDERED = (0, 1)
 OWNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "torch": (
         ("kit.tasks", "kit.models", "kit.predict", "kit.training", "kit.inference.worker", "kit.retrieval.dense", "kit.retrieval.rerank"),
-        ("kit.runtime",),
+        ("kit.runtime", "kit.vendor.capture", "kit.vendor.tensors"),
     ),
     "faiss": (("kit.retrieval.dense",), ()),
     "peft": (("kit.models.adapters",), ()),
@@ -48,7 +48,7 @@ OWNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 HEAVY = {"torch", "transformers", "pandas", "numpy", "accelerate", "sentence_transformers", "sklearn", "faiss"}
 PRINTERS = ("kit.cli",)
-ENVIRONMENT_READERS = ("kit.runtime",)
+ENVIRONMENT_READERS = ("kit.runtime", "kit.vendor.capture")  # the latter is pasted into notebooks, so it cannot ask kit.runtime
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 MACHINE = re.compile(r"(?<![\w.>-])/(?:root|home|Users|work)/|\b[A-Z]:\\+Users|\b[\w-]+\.(?:internal|localdomain|lan|corp)\b")
 GENERATED = {"__pycache__", "artifacts", "dist"}
