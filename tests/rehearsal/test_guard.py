@@ -77,7 +77,8 @@ def attempts(seal: Path) -> list[str]:
 def test_reaching_or_looking_up_another_machine_is_refused_and_logged(seal: Path, code: str, event: str) -> None:
     done = run(seal, f"import socket, sys, urllib.request\nhost = sys.argv[1]\n{code}", OUTSIDE)
     assert done.returncode == 1
-    assert "Network is unreachable" in done.stderr
+    connecting = event in ("socket.connect", "socket.sendto", "socket.sendmsg")
+    assert ("[Errno 101] Network is unreachable: " if connecting else "[Errno -3] Temporary failure in name resolution: ") in done.stderr
     assert "sealed run" in done.stderr
     assert [line.split()[0] for line in attempts(seal)] == [event]
 
@@ -119,8 +120,92 @@ def test_block_sockets_holds_for_the_process_it_is_called_in(tmp_path: Path, ser
     )
     root = Path(guard.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code, str(log), str(server)], cwd=root, capture_output=True, text=True, timeout=60, check=False)
-    assert "Network is unreachable: example.com (sealed run)" in done.stderr
+    assert "gaierror: [Errno -3] Temporary failure in name resolution: example.com (sealed run)" in done.stderr
     assert log.read_text() == "socket.getaddrinfo example.com:443\n"
+
+
+@pytest.fixture
+def mounts(tmp_path: Path, seal: Path) -> Path:
+    """A folder that the guard keeps unchanged, with a file in a folder."""
+    folder = tmp_path / "input"
+    (folder / "bundle").mkdir(parents=True)
+    (folder / "bundle" / "file").write_text("content")
+    (seal / guard.MOUNTS).write_text(f"{folder}\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(inside / 'file', 'w')",
+        "open(inside / 'file', 'ab')",
+        "open(inside / 'file', 'r+')",
+        "open(inside / 'new', 'x')",
+        "open(os.fsencode(inside / 'new'), 'w')",
+        "os.open(inside / 'new', os.O_CREAT | os.O_RDONLY)",
+        "(inside / 'new').touch()",
+        "(inside / 'new').mkdir()",
+        "os.makedirs(inside / 'a' / 'b')",
+        "(inside / 'file').unlink()",
+        "(inside / 'file').rename(outside / 'file')",
+        "os.replace(outside / 'mine', inside / 'file')",
+        "(inside / 'link').symlink_to(outside)",
+        "os.link(outside / 'mine', inside / 'link')",
+        "inside.rmdir()",
+        "shutil.rmtree(inside)",
+        "shutil.rmtree(inside.parent)",
+        "shutil.copy(outside / 'mine', inside)",
+        "shutil.move(outside / 'mine', inside)",
+        "(inside / 'file').chmod(0o777)",
+        "os.utime(inside / 'file')",
+        "os.truncate(inside / 'file', 0)",
+        "os.chdir(inside); open('new', 'w')",
+        "open(outside / 'to inside' / 'new', 'w')",
+        "open(outside / 'to file', 'w')",
+        "tempfile.TemporaryFile(dir=inside)",
+    ],
+)
+def test_changing_what_is_mounted_is_refused(seal: Path, mounts: Path, tmp_path: Path, code: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").touch()
+    (outside / "to inside").symlink_to(mounts / "bundle")
+    (outside / "to file").symlink_to(mounts / "bundle" / "file")
+    begin = "import os, pathlib, shutil, sys, tempfile\ninside, outside = map(pathlib.Path, sys.argv[1:])\n"
+    done = run(seal, begin + code, str(mounts / "bundle"), str(outside))
+    assert done.returncode == 1
+    assert f"OSError: [Errno 30] Read-only file system: '{mounts}" in done.stderr
+    assert [str(path.relative_to(mounts)) for path in sorted(mounts.rglob("*"))] == ["bundle", "bundle/file"]
+    assert (mounts / "bundle" / "file").read_text() == "content"
+
+
+def test_reading_what_is_mounted_and_changing_what_is_beside_it_work(seal: Path, mounts: Path) -> None:
+    code = (
+        "import os, pathlib, shutil, sys\ninside, beside = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1] + '-mine')\n"
+        "assert (inside / 'bundle' / 'file').read_text() == 'content' and len(list(inside.rglob('*'))) == 2\n"
+        "shutil.copytree(inside, beside); (beside / 'bundle' / 'file').write_text('changed')\n"
+        "(beside / 'link').symlink_to(inside / 'bundle'); (beside / 'link').rename(beside / 'other'); (beside / 'other').unlink()\n"
+        "os.truncate(os.open(beside / 'bundle' / 'file', os.O_RDWR), 2); shutil.rmtree(beside / 'bundle')"
+    )
+    done = run(seal, code, str(mounts))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (mounts / "bundle" / "file").read_text() == "content"
+
+
+def test_without_mounts_everything_can_be_changed(seal: Path, mounts: Path) -> None:
+    (seal / guard.MOUNTS).write_text("")
+    assert run(seal, "import pathlib, sys; pathlib.Path(sys.argv[1], 'bundle', 'file').unlink()", str(mounts)).returncode == 0
+
+
+def test_a_pth_file_starts_it_where_a_sitecustomize_of_the_system_comes_first(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    shutil.copyfile(guard.__file__, site / f"{guard.NAME}.py")
+    (site / f"{guard.NAME}.pth").write_text(guard.START)
+    code = f"import site, socket, sys\nsite.addsitedir(sys.argv[1])\nsocket.socket().connect(({OUTSIDE!r}, 80))"
+    done = subprocess.run([sys.executable, "-c", code, str(site)], capture_output=True, text=True, timeout=60, check=False)
+    assert "sealed run" in done.stderr
+    assert attempts(site) == [f"socket.connect {OUTSIDE}:80"]
 
 
 def test_importing_the_guard_blocks_nothing() -> None:
