@@ -123,6 +123,68 @@ def python() -> str:
     return sys.executable
 
 
-def kernel_environment(input_folder: Path, seal: Path) -> dict[str, str]:
-    """The environment of a rehearsed notebook: as here, offline, with the mounts in `input_folder` and `seal` imported first."""
-    return {**os.environ, **_OFFLINE, INPUT_ROOT: str(input_folder), RUN_TYPE: "Batch", "PYTHONPATH": str(seal), "PYTHONDONTWRITEBYTECODE": "1"}
+class Gpu(NamedTuple):
+    """A CUDA device. capability: (major, minor). free and total: bytes of its memory."""
+
+    name: str
+    capability: tuple[int, int]
+    free: int
+    total: int
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that torch sees, in its order."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [Gpu(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i), *torch.cuda.mem_get_info(i)) for i in range(count)]
+
+
+def try_product(chosen: Runtime) -> bool:
+    """Whether a small matrix product on the device, of the chosen type, comes out right. Raises what the device raises."""
+    import torch
+
+    ones = torch.ones(64, 64, device=chosen.device, dtype=chosen.dtype)
+    return bool((ones @ ones == 64).all().cpu())
+
+
+def open_switches() -> list[str]:
+    """Offline switches that are not set, or that huggingface_hub was imported too early to see."""
+    hub = sys.modules.get("huggingface_hub.constants")
+    late = ["HF_HUB_OFFLINE (after huggingface_hub was imported)"] if hub is not None and not hub.HF_HUB_OFFLINE else []
+    return [name for name, value in _OFFLINE.items() if os.environ.get(name) != value] + late
+
+
+def run_type() -> str:
+    """How the competition machine runs this notebook ("Interactive" or "Batch"); empty elsewhere."""
+    return os.environ.get(RUN_TYPE, "")
+
+
+_SETTINGS = ("PIP_", "UV_", "PYTHON", "KAGGLE_", "HF_")  # prefixes of variables that change what a child installs or imports, or that hold credentials
+_NEEDED = {"PIP_CACHE_DIR", "PIP_CERT", "UV_CACHE_DIR"}
+_NETWORK = {"PIP_CLIENT_CERT", "PIP_DEFAULT_TIMEOUT", "PIP_PROXY", "UV_HTTP_TIMEOUT"}
+_INDEXES = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
+_NOWHERE = "http://127.0.0.1:9"  # the discard port: a proxy that refuses
+
+
+def clean_environment(*, network: bool = False) -> dict[str, str]:
+    """The environment of a child that resolves, installs or imports: as here, without any setting of pip, uv or Python and without tokens.
+
+    Certificates and caches stay. With the network, so does the index that PIP_INDEX_URL, UV_DEFAULT_INDEX or UV_INDEX_URL names, the first
+    of them for pip and uv alike; configuration files and extra indexes never, as they give other versions on other machines. Without it,
+    every way out is closed that a variable can close.
+    """
+    kept = _NEEDED | _NETWORK if network else _NEEDED
+    child = {name: value for name, value in os.environ.items() if name in kept or not name.startswith(_SETTINGS)}
+    child |= {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "UV_NO_CONFIG": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    child |= {"PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1"}
+    if not network:
+        proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), _NOWHERE)
+        return {name: value for name, value in child.items() if name.lower() != "no_proxy"} | proxies | _OFFLINE | {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1"}
+    index = next((os.environ[name] for name in _INDEXES if os.environ.get(name)), None)
+    return child | {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index} if index else child
+
+
+def gpu_choice() -> dict[str, str]:
+    """The variable that says which of this machine's GPUs may be used, if it is set."""
+    return {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}

@@ -104,15 +104,6 @@ def test_the_places_of_the_competition_machine_are_read_from_the_environment(mon
     assert runtime.input_root() == Path("/kaggle/input") and not runtime.is_rerun()
 
 
-def test_a_rehearsed_kernel_looks_like_the_competition_machine_and_keeps_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SOMETHING_ELSE", "kept")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    found = runtime.kernel_environment(tmp_path / "input", tmp_path / "seal")
-    assert found[runtime.INPUT_ROOT] == str(tmp_path / "input") and found["PYTHONPATH"] == str(tmp_path / "seal")
-    assert (found["HF_HUB_OFFLINE"], found["SOMETHING_ELSE"]) == ("1", "kept") and runtime.RUN_TYPE in found
-    assert os.environ["HF_HUB_OFFLINE"] == "0", "this process is left alone"
-
-
 def test_python_is_the_interpreter_that_runs() -> None:
     assert runtime.python() == sys.executable
 
@@ -124,3 +115,35 @@ def test_training_draws_the_same_weights_after_the_same_seed(restored: None, tmp
         runtime.seed_everything(3)
         heads.append(tiny.Encoder.create(folder, outputs=2).head.weight)
     assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_product_on_this_machine_comes_out_right_in_every_type(precision: str) -> None:
+    assert runtime.try_product(runtime.choose(precision, "cpu"))
+
+
+def test_a_device_that_is_not_there_raises_what_torch_raises() -> None:
+    chosen = runtime.Runtime(torch.device("cuda:99"), torch.float32, "asked for")
+    with pytest.raises((RuntimeError, AssertionError)):
+        runtime.try_product(chosen)
+
+
+def test_gpus_are_those_that_torch_sees() -> None:
+    found = runtime.gpus()
+    assert len(found) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert all(0 < gpu.free <= gpu.total and gpu.capability >= (3, 0) for gpu in found)
+
+
+def test_open_switches_are_those_not_set_and_those_set_too_late() -> None:
+    code = "import json; from kit import runtime; {}; print(json.dumps(runtime.open_switches()))"
+    every = in_new_process(code.format("pass"))
+    assert isinstance(every, list) and {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM"} <= set(every)
+    assert in_new_process(code.format("runtime.go_offline(); import huggingface_hub.constants")) == []
+    assert in_new_process(code.format("import huggingface_hub.constants; runtime.go_offline()")) == ["HF_HUB_OFFLINE (after huggingface_hub was imported)"]
+
+
+def test_the_type_of_a_run_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(runtime.RUN_TYPE, raising=False)
+    assert runtime.run_type() == ""
+    monkeypatch.setenv(runtime.RUN_TYPE, "Batch")
+    assert runtime.run_type() == "Batch"
