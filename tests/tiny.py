@@ -183,3 +183,25 @@ class TaskExample(NamedTuple):
 
 TASKS: dict[str, TaskExample] = {"multiple_choice": TaskExample({"max_length": 48}, questions, write_questions)}
 """An example of every kind of task."""
+
+
+_NAMED = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+_PLAIN = {"model_type": "bpe", "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+SENTENCEPIECE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deberta-v2": ("DebertaV2Tokenizer", "spm.model", _NAMED),
+    "llama": ("LlamaTokenizer", "tokenizer.model", _PLAIN),
+    "t5": ("T5Tokenizer", "spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}),
+    "xlm-roberta": ("XLMRobertaTokenizer", "sentencepiece.bpe.model", {}),
+}
+"""Of every family whose tokenizer is a sentencepiece model: class, file, and how such a model is trained."""
+
+
+def sentencepiece_model(path: Path, family: str, **changes: Any) -> Path:
+    """A sentencepiece model as `family` has it, trained on TEXTS; `changes` go to its trainer. path: ends with .model."""
+    from sentencepiece import SentencePieceTrainer
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"vocab_size": 600, "hard_vocab_limit": False, "character_coverage": 1.0, "minloglevel": 2, **SENTENCEPIECE[family][2], **changes}
+    SentencePieceTrainer.train(sentence_iterator=iter(_WORDS * 3), model_prefix=str(path.with_suffix("")), **settings)
+    path.with_suffix(".vocab").unlink()
+    return path
