@@ -16,6 +16,7 @@ from kit.sample import write_sample
 
 TRAIN_ROWS, TEST_ROWS, PASSAGES = 24, 10, 40
 NAMES = ("plain", "reader", "second-reader")
+LAYOUTS = ("{slug}", "datasets/owner/{slug}")  # below the mounts, as the site once did and does now
 RECIPE = """
 [task]
 kind = "multiple_choice"
@@ -110,6 +111,16 @@ def copy(folder: Path) -> Workshop:
     for recipe in shop.root.glob("*.toml"):
         recipe.write_text(recipe.read_text(encoding="utf-8").replace(str(made.root), str(shop.root)), encoding="utf-8")
     return shop
+
+
+def mount(datasets: Iterable[Path], root: Path, layout: str = LAYOUTS[0]) -> Path:
+    """Staged datasets below `root` as the site mounts them: read-only, without their metadata file; gives the root."""
+    for dataset in datasets:
+        folder = root / layout.format(slug=dataset.name)
+        shutil.copytree(dataset, folder, ignore=shutil.ignore_patterns("dataset-metadata.json"))
+        for path in (*folder.iterdir(), folder):
+            path.chmod(0o444 if path.is_file() else 0o555)
+    return root
 
 
 def change_member(folder: Path, *overrides: str) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kit import manifest
 from kit.errors import BundleError
@@ -113,6 +117,11 @@ def test_a_folder_without_manifest_is_no_bundle(folder: Path, where: str) -> Non
         '{"name": "b", "kind": "k", "meta": {}, "files": {"a": 1}}',
         '{"name": "b", "kind": "k", "meta": {}, "files": {"a": {"sha256": "0", "bytes": "many"}}}',
         '{"name": "b", "kind": "k", "files": {}}',
+        '{"name": "b", "kind": "k", "files": {}, "meta": {"part": 1}}',
+        '{"name": "b", "kind": "k", "files": {}, "meta": {"part": [1]}}',
+        '{"name": "b", "kind": "k", "files": {}, "meta": {"part": [3, 2]}}',
+        '{"name": "b", "kind": "k", "files": {"../a": {"sha256": "0", "bytes": 1}}, "meta": {}}',
+        '{"name": "b", "kind": "k", "files": {"/etc/a": {"sha256": "0", "bytes": 1}}, "meta": {}}',
     ],
 )
 def test_an_unreadable_manifest_is_named(tmp_path: Path, text: str) -> None:
@@ -155,3 +164,96 @@ def test_a_write_that_fails_keeps_the_old_file_and_no_part(tmp_path: Path) -> No
         manifest.write_atomically(tmp_path / "folder", "cannot replace a folder")
     assert path.read_text() == "old"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def flatten(folder: Path) -> Path:
+    """The folder's files under their flat names, in a folder of its own."""
+    flat = folder.with_name(f"{folder.name}-flat")
+    flat.mkdir()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            shutil.copyfile(path, flat / manifest.flat_name(path.relative_to(folder).as_posix()))
+    return flat
+
+
+def test_a_flat_folder_is_verified_as_the_nested_one_is(folder: Path) -> None:
+    nested = manifest.write(folder, "b", "member")
+    flat = manifest.verify(flatten(folder))
+    assert (flat.files, flat.digest) == (nested.files, nested.digest)
+    assert (flat.is_flat, nested.is_flat) == (True, False)
+    assert flat.locate("sub/naïve name.txt").name == "sub--naïve name.txt"
+    assert nested.locate("sub/naïve name.txt") == folder / "sub" / "naïve name.txt"
+
+
+def test_damage_in_a_flat_folder_is_named_as_the_manifest_lists_it(folder: Path) -> None:
+    manifest.write(folder, "b", "member")
+    flat = flatten(folder)
+    (flat / "sub--naïve name.txt").write_text("tExt\n")
+    with pytest.raises(BundleError, match="file sub/naïve name.txt is damaged"):
+        manifest.verify(flat)
+    (flat / "sub--naïve name.txt").unlink()
+    with pytest.raises(BundleError, match="file sub/naïve name.txt is missing"):
+        manifest.verify(flat)
+
+
+def test_a_bundle_without_sub_folders_is_not_called_flat(tmp_path: Path) -> None:
+    (tmp_path / "a--b.txt").write_text("x")
+    assert not manifest.write(tmp_path, "b", "wheels").is_flat
+
+
+def test_a_bundle_that_was_joined_without_a_part_is_refused(folder: Path) -> None:
+    manifest.write(folder, "my-bundle", "member", **{manifest.INCOMPLETE: "part 2 of 3 is not mounted"})
+    for refuse in (manifest.verify, manifest.read_whole):
+        with pytest.raises(BundleError, match="^bundle 'my-bundle': part 2 of 3 is not mounted$"):
+            refuse(folder)
+    assert manifest.read(folder).name == "my-bundle"
+
+
+NAMES = st.lists(st.text("ab-./", min_size=1, max_size=8), min_size=1, max_size=12, unique=True)
+
+
+@given(names=NAMES, cuts=st.lists(st.integers(0, 12), max_size=3), order=st.randoms())
+def test_parts_in_any_order_join_to_what_was_divided(names: list[str], cuts: list[int], order) -> None:
+    whole = manifest.Manifest(Path("bundle"), "b", "index", {name: (name, len(name)) for name in names}, {"retriever": "bm25"})
+    borders = [0, *sorted(cuts), len(names)]
+    parts = manifest.divide(whole, [names[a:b] for a, b in itertools.pairwise(borders)])
+    total = len(cuts) + 1
+    assert [part.part for part in parts] == [(number, total) for number in range(1, total + 1)]
+    assert {part.whole for part in parts} == {whole.digest}
+    order.shuffle(parts)
+    joined = manifest.join(parts)
+    assert joined == whole
+    assert joined.to_json() == whole.to_json()
+
+
+def test_a_single_part_is_the_bundle_itself(folder: Path) -> None:
+    whole = manifest.write(folder, "b", "member")
+    assert manifest.divide(whole, [list(whole.files)]) == [whole]
+    assert whole.part == (1, 1)
+    assert whole.whole == whole.digest
+
+
+def test_a_part_is_written_and_read_equal_and_verified_alone(folder: Path) -> None:
+    whole = manifest.write(folder, "b", "member", score=1)
+    part = manifest.divide(whole, [["empty"], ["sub/naïve name.txt", "weights.bin"]])[1]
+    (folder / manifest.FILE).write_text(part.to_json(), encoding="utf-8")
+    (folder / "empty").unlink()
+    assert manifest.verify(folder) == part
+    assert part.meta == {"score": 1, "part": [2, 2], "whole": whole.digest}
+    assert part.digest != whole.digest
+
+
+@given(st.text())
+def test_a_slug_has_only_lower_case_letters_digits_and_single_hyphens(text: str) -> None:
+    slug = manifest.slug(text)
+    assert slug
+    assert set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert "--" not in slug
+    assert not slug.startswith("-")
+    assert not slug.endswith("-")
+    assert manifest.slug(slug) == slug
+
+
+@pytest.mark.parametrize(("text", "slug"), [("My Run_2-1a2b3c4d", "my-run-2-1a2b3c4d"), ("é", "unnamed"), ("", "unnamed"), ("a", "a")])
+def test_slugs_of_common_names(text: str, slug: str) -> None:
+    assert manifest.slug(text) == slug

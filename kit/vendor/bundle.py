@@ -1,33 +1,30 @@
-"""Run, index and code → bundles: clean folders with a manifest, to be uploaded as datasets. Knows no tensor and no clock."""
+"""Run and index → bundles: clean folders with a manifest, to be uploaded as datasets. Knows no tensor and no clock."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import kit
 from kit import manifest
 from kit.config import Recipe
 from kit.errors import BundleError
+from kit.paths import model_folder
 
-CODE = "kit-code"
 _FIT_FILES = ("config.json", "tokenizer.json", "metrics.json", "model*.safetensors", "model*.safetensors.index.json")
 _RUN_FILES = ("recipe.toml", "metrics.json", "oof.parquet", "folds.npy")
-_CODE_FILES = ("**/*.py", "recipes/*.toml", "sample/*")
 
 
 def pack(runs: Iterable[Path], *, artifacts: Path = Path("artifacts"), out: Path | None = None) -> list[Path]:
-    """The bundles that inference needs: the code, a member per run, and every index the members use. Raises BundleError.
+    """The bundles that were trained: a member per run, and every index the members use. Raises BundleError.
 
     out: where they go, by default `bundles` below `artifacts`.
     """
     out = out or artifacts / "bundles"
     members = [pack_run(Path(run), out) for run in runs]
     indexes = sorted({index for member in members if (index := manifest.read(member).meta["index"])})
-    return [pack_code(out), *members, *(pack_index(artifacts / "index" / index, out) for index in indexes)]
+    return [*members, *(pack_index(artifacts / "index" / index, out) for index in indexes)]
 
 
 def pack_run(run: Path, out: Path) -> Path:
@@ -44,8 +41,8 @@ def pack_run(run: Path, out: Path) -> Path:
     index = json.loads((run / "inputs.json").read_text())["index"]
     files = [path for name in _RUN_FILES for path in run.glob(name)]
     files += [path for fit in fits for name in _FIT_FILES for path in sorted((run / fit).glob(name))]
-    name = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")
-    return _copy(run, files, out / name, kind="member", recipe=recipe.name, task=recipe.task.kind, fits=fits, index=index)
+    meta = {"recipe": recipe.name, "task": recipe.task.kind, "fits": fits, "index": index, **_licence(recipe, out)}
+    return _copy(run, files, out / manifest.slug(run.name), kind="member", **meta)
 
 
 def pack_index(index: Path, out: Path) -> Path:
@@ -54,11 +51,11 @@ def pack_index(index: Path, out: Path) -> Path:
     return _copy(index, [index / name for name in built.files], out / built.name, kind="index", **built.meta)
 
 
-def pack_code(out: Path) -> Path:
-    """The kit's own source, importable from the bundle's folder without installation."""
-    package = Path(kit.__file__).parent
-    files = sorted({path for pattern in _CODE_FILES for path in package.glob(pattern) if path.is_file() and "__pycache__" not in path.parts})
-    return _copy(package.parent, files, out / CODE, kind="code", version=kit.__version__)
+def _licence(recipe: Recipe, bundles: Path) -> dict[str, str]:
+    """The licence of the weights bundle that a run started from, if it names one: it holds for what was trained from it."""
+    source = str(recipe.model.options["source"])
+    meta = manifest.read(model_folder(source, Path(), bundles)).meta if source.startswith("bundle:") else {}
+    return {"licence": meta["licence"]} if meta.get("licence") else {}
 
 
 def _copy(root: Path, files: Iterable[Path], folder: Path, *, kind: str, **meta: object) -> Path:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import kit
 from kit import assemble, manifest, runtime
-from kit.config import Recipe, shipped_recipes
+from kit.config import Recipe
 from kit.data.tables import read_table
 from kit.errors import BundleError
 from kit.predict import predict
-from kit.sample import FILES
-from kit.vendor.bundle import CODE, pack, pack_code, pack_index, pack_run
+from kit.vendor.bundle import pack, pack_index, pack_run
 from tests import packed
 from tests.packed import Workshop
 
@@ -35,11 +29,11 @@ def own(tmp_path: Path) -> Workshop:
     return packed.copy(tmp_path)
 
 
-def test_packing_gives_the_code_a_member_per_run_and_each_index_once(shop: Workshop, tmp_path: Path) -> None:
+def test_packing_gives_a_member_per_run_and_each_index_once(shop: Workshop, tmp_path: Path) -> None:
     folders = pack(shop.runs.values(), artifacts=shop.artifacts, out=tmp_path / "out")
     kinds = [(manifest.verify(folder).kind, folder.name) for folder in folders]
     index = manifest.read(shop.members["reader"]).meta["index"]
-    assert kinds == [("code", CODE), *(("member", run.name) for run in shop.runs.values()), ("index", index)]
+    assert kinds == [*(("member", run.name) for run in shop.runs.values()), ("index", index)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(name for _, name in kinds)
 
 
@@ -119,30 +113,16 @@ def test_an_index_that_is_not_whole_is_refused(own: Workshop, tmp_path: Path) ->
     assert list(tmp_path.glob("passages*")) == []
 
 
-def test_the_code_bundle_is_imported_from_its_folder_alone(tmp_path: Path) -> None:
-    bundle = pack_code(tmp_path)
-    code = (
-        "import json, kit, pathlib, sys\nfrom kit.config import Recipe, shipped_recipes\nfrom kit.sample import write_sample\n"
-        "folder = write_sample(pathlib.Path('competition'))\n"
-        "print(json.dumps([kit.__file__, kit.__version__, {name: Recipe.load(name).digest for name in shipped_recipes()},"
-        " sorted(path.name for path in folder.iterdir()), 'torch' in sys.modules]))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(bundle)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    file, version, recipes, sample, heavy = json.loads(done.stdout)
-    assert Path(file) == bundle / "kit" / "__init__.py"
-    assert version == kit.__version__ == manifest.read(bundle).meta["version"]
-    assert recipes == {name: Recipe.load(name).digest for name in shipped_recipes()}
-    assert sample == sorted(FILES)
-    assert not heavy
-
-
-def test_the_code_bundle_has_every_module_and_no_caches(tmp_path: Path) -> None:
-    files = set(manifest.verify(pack_code(tmp_path)).files)
-    package = Path(kit.__file__).parent
-    assert {f"kit/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")} <= files
-    assert not any("__pycache__" in name or name.endswith(".pyc") for name in files)
+@pytest.mark.parametrize("licence", ["cc-by-nc-4.0", None])
+def test_a_member_carries_the_licence_of_the_weights_bundle_it_was_trained_from(own: Workshop, licence: str | None) -> None:
+    weights = own.bundles / "my-weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    manifest.write(weights, "my-weights", "weights", **({"licence": licence} if licence else {}))
+    run = own.runs["plain"]
+    recipe = (run / "recipe.toml").read_text(encoding="utf-8")
+    (run / "recipe.toml").write_text(recipe.replace('source = "scratch"', 'source = "bundle:my-weights"'), encoding="utf-8")
+    assert manifest.read(pack_run(run, own.bundles)).meta.get("licence") == licence
 
 
 def test_a_packed_bundle_that_is_damaged_is_named(own: Workshop) -> None:
