@@ -45,6 +45,8 @@ OWNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "peft": (("kit.models.adapters",), ()),
     "bitsandbytes": (("kit.models.adapters",), ()),
     "kaggle": ((), ("kit.vendor.publish",)),
+    "kagglesdk": ((), ("kit.vendor.publish",)),
+    "requests": ((), ("kit.vendor.publish",)),
 }
 HEAVY = {"torch", "transformers", "pandas", "numpy", "accelerate", "sentence_transformers", "sklearn", "faiss"}
 PRINTERS = ("kit.cli",)
