@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help setup dry-run test lint train infer bench bench-quality clean
+.PHONY: help setup dry-run test lint train infer vendor rehearse push bench bench-quality bench-vendor clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,10 +23,22 @@ train: .venv/.ready ## fit all folds of a recipe: make train RECIPE=name
 infer: .venv/.ready ## write a submission: make infer ARGS="…"
 	$(PY) -m kit infer $(ARGS)
 
-bench: bench-quality ## run every benchmark
+vendor: .venv/.ready ## the wheels that the competition image lacks, and the kit's own
+	$(PY) -m kit vendor wheels $(ARGS)
+
+rehearse: .venv/.ready ## the submission in a sealed box, on the public and on a hidden-like test set
+	$(PY) -m kit rehearse $(ARGS)
+
+push: .venv/.ready ## say what would be published; make push SEND=1 publishes
+	$(PY) -m kit push $(if $(SEND),,--dry-run) $(ARGS)
+
+bench: bench-quality bench-vendor ## run every benchmark
 
 bench-quality: .venv/.ready ## run the benchmark of prediction quality
 	$(PY) -m tests.bench.quality $(ARGS)
+
+bench-vendor: .venv/.ready ## run the benchmark of wheel resolution and installation
+	$(PY) -m tests.bench.vendor $(ARGS)
 
 clean: ## remove what was made and the caches; .venv stays
 	rm -rf artifacts/* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache && find kit tests -name __pycache__ -prune -exec rm -rf {} +

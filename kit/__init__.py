@@ -16,6 +16,7 @@ _PUBLIC = {
     "pack": "kit.vendor.bundle",
     "infer": "kit.inference.pipeline",
     "score": "kit.inference.submission",
+    "doctor": "kit.rehearsal.doctor",
 }
 __all__ = ["__version__", *_PUBLIC]
 

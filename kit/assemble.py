@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -115,7 +114,7 @@ def index_name(recipe: Recipe) -> str:
     source = Path(recipe.data.folder) / recipe.retrieve.corpus
     if not source.is_file():
         raise ConfigError(f"corpus {source} is missing: set data.folder or retrieve.corpus to where it is")
-    return f"{slug(source.stem)}-{digest([manifest.sha256(source), recipe.retrieve.retriever.model_dump(mode='json')])}"
+    return f"{manifest.slug(source.stem)}-{digest([manifest.sha256(source), recipe.retrieve.retriever.model_dump(mode='json')])}"
 
 
 @dataclass(frozen=True)
@@ -161,11 +160,6 @@ def cached_contexts(examples: Sequence[Any], task: Task, recipe: Recipe, artifac
 def digest(values: Any) -> str:
     """8 hex digits of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def slug(text: str) -> str:
-    """Lower-case letters, digits and single hyphens, as the site's dataset names."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
 
 
 def _fitting(make: Any, recipe: Recipe, task: Task, folder: Path) -> Any:

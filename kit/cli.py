@@ -9,8 +9,9 @@ import json
 import logging
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,9 @@ from kit.budget import NINE_HOURS_S, Budget
 from kit.config import Recipe, shipped_recipes
 from kit.errors import KitError
 
+if TYPE_CHECKING:
+    from kit.rehearsal.doctor import Findings
+
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
@@ -26,15 +30,25 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe setting, e.g. train.lr=1e-5. Repeatable.")]
 Artifacts = Annotated[Path, typer.Option(help="Folder for everything that is made.")]
+ProfileNames = Annotated[list[str], typer.Option("--profile", metavar="NAME", help="What the image has: a shipped name, a JSON file, or here. Repeatable.")]
+ProfileName = Annotated[str, typer.Option("--profile", metavar="NAME", help="What the image has: a shipped name, a JSON file, or here.")]
+FindLinks = Annotated[list[Path] | None, typer.Option(help="Folder of wheels to look in, too. Repeatable.")]
+NoIndex = Annotated[bool, typer.Option("--no-index", help="Look in --find-links only.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
 
 _TASK = "multiple_choice"
+_IMAGE = "kaggle-py312"
 _INTERRUPTED = 130
+
+vendor = typer.Typer(help="Build: wheels, weights and code → bundles → datasets that install offline.", rich_markup_mode=None)
+profile = typer.Typer(help="What an image already has: capture and show.", rich_markup_mode=None)
+app.add_typer(vendor, name="vendor")
+app.add_typer(profile, name="profile")
 
 
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Before the verb: show the traceback of an error.")] = False) -> None:
-    """Offline competition submission kit: sample → index → train → pack → infer → score, without internet."""
+    """Offline competition submission kit: sample → index → train → vendor → rehearse → push, and infer → score without internet."""
     runtime.go_offline()  # before anything imports a library that reads the switches
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -108,7 +122,7 @@ def pack(
     out: Annotated[Path | None, typer.Option(help="Where the bundles go. [default: ARTIFACTS/bundles]")] = None,
     artifacts: Artifacts = Path("artifacts"), as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Pack trained runs, the indexes they use and the code into bundles: folders with a sha256 manifest."""
+    """Pack trained runs and the indexes they use into bundles: folders with a sha256 manifest."""
     from kit.vendor.bundle import pack as pack_runs
 
     _show({"bundles": pack_runs(runs, artifacts=artifacts, out=out)}, as_json)
@@ -170,6 +184,188 @@ def dry_run(
         _show(summary, as_json)
 
 
+@vendor.command(epilog="Example: kit vendor wheels --profile kaggle-py312 --profile kaggle-py313")
+def wheels(
+    requirements: Annotated[Path, typer.Option(help="What the competition machine must have.")] = Path("wheels/requirements.in"),
+    profiles: ProfileNames = [_IMAGE],  # noqa: B006  # typer wants a list
+    out: Annotated[Path, typer.Option(help="Where the bundles kit-wheels and kit-code go.")] = Path("artifacts/bundles"),
+    allow: Annotated[list[str] | None, typer.Option(metavar="PACKAGE", help="A package of the image that may change. Repeatable.")] = None,
+    find_links: FindLinks = None, no_index: NoIndex = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Vendor the wheels that the images lack, locked by hash, and the kit's own."""
+    from kit.vendor.profile import Profile
+    from kit.vendor.resolve import Index
+    from kit.vendor.wheels import vendor as vendor_wheels
+
+    index = Index(tuple(find_links or ()), no_index)
+    house = vendor_wheels(requirements, [Profile.load(name) for name in profiles], out, allow=allow or (), index=index)
+    *delta, own = [{"name": wheel.name, "version": wheel.version, "bytes": wheel.bytes} for wheel in house.wheels]
+    _show({"delta": delta, "kit": own, "mb": round(house.mb, 1), "seconds": round(house.seconds, 2), "bundles": house.folders, "unknown": house.unknown}, as_json)
+
+
+@vendor.command(epilog="Example: kit vendor prove artifacts/bundles --profile kaggle-py312")
+def prove(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder with kit-wheels and kit-code.")] = Path("artifacts/bundles"),
+    profile_name: ProfileName = _IMAGE, find_links: FindLinks = None, no_index: NoIndex = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Install the vendored wheels, without network, into an environment that looks like the image, and import them."""
+    from kit.vendor.profile import Profile
+    from kit.vendor.prove import prove as prove_wheels
+    from kit.vendor.resolve import Index
+
+    proof = prove_wheels(folder, Profile.load(profile_name), index=Index(tuple(find_links or ()), no_index))
+    _show(asdict(proof), as_json)
+
+
+@vendor.command(epilog="Example: kit vendor weights ~/models/deberta-v3-base --licence mit")
+def weights(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model, adapter or sentence-transformers folder.")],
+    out: Annotated[Path, typer.Option(help="Where the bundle goes.")] = Path("artifacts/bundles"),
+    name: Annotated[str | None, typer.Option(help="Name of the bundle. [default: the folder's]")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights. [default: what the folder says]")] = None,
+    base: Annotated[str | None, typer.Option(help="For an adapter: the bundle of the model it belongs to.")] = None,
+    shard_mb: Annotated[int, typer.Option(help="Largest weights file, in MB.")] = 4000,
+    as_json: AsJson = False,
+) -> None:
+    """Make a bundle of what inference needs from a model folder: safetensors and tokenizer.json only, no remote code."""
+    from kit import manifest
+    from kit.vendor.weights import vendor_weights
+
+    folder = vendor_weights(model, out, name=name, licence=licence, shard_mb=shard_mb, base=base)
+    _show({"bundle": folder, **manifest.read(folder).meta}, as_json)
+
+
+@vendor.command(epilog="Example: kit vendor bundle artifacts/runs/my-run-1a2b3c4d --owner me --competition kaggle-llm-science-exam")
+def bundle(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    owner: Annotated[str, typer.Option(help="Your name on the site, as in its addresses.")],
+    competition: Annotated[str | None, typer.Option(help="The competition, as in its address.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the datasets go. [default: ARTIFACTS/datasets]")] = None,
+    kernels: Annotated[Path | None, typer.Option(help="Where the notebooks go. [default: ARTIFACTS/kernels]")] = None,
+    notebooks: Annotated[Path, typer.Option(help="Folder with train.ipynb and infer.ipynb.")] = Path("notebooks"),
+    accelerator: Annotated[str, typer.Option(help="What the notebooks run on; none for the CPU.")] = "NvidiaTeslaT4",
+    licence: Annotated[str, typer.Option(help="Licence of datasets whose contents name none.")] = "other",
+    part_mb: Annotated[float, typer.Option(help="Split what is larger into datasets of this many MB.")] = 20_000,
+    public: Annotated[bool, typer.Option("--public", help="Publish the datasets for everybody.")] = False,
+    artifacts: Artifacts = Path("artifacts"), as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Stage trained runs, their indexes, the wheels and the code as datasets, and both notebooks with what they attach."""
+    from kit.vendor.dataset import prepare
+
+    prepared = prepare(
+        runs, owner=owner, competition=competition, artifacts=artifacts, out=out, kernels=kernels, notebooks=notebooks,
+        accelerator=None if accelerator == "none" else accelerator, licence=licence, part_mb=part_mb, public=public,
+    )  # fmt: skip
+    _show({"datasets": prepared.datasets, "kernels": prepared.kernels}, as_json)
+
+
+@app.command(epilog="Example: kit rehearse --competition llm-science")
+def rehearse(
+    datasets: Annotated[Path | None, typer.Argument(help="Staged datasets. [default: ARTIFACTS/datasets, or where there are none the sample's]")] = None,
+    competition: Annotated[Path | None, typer.Option(help="The competition's folder, with test.csv. [default: the sample's]")] = None,
+    notebook: Annotated[Path, typer.Option(help="What is to be submitted.")] = Path("notebooks/infer.ipynb"),
+    profile_name: ProfileName = _IMAGE,
+    rows: Annotated[int, typer.Option(help="Rows of the hidden test set's look-alike.")] = 2400,
+    level: Annotated[str | None, typer.Option(help="How to seal the box. [default: the best that works here]")] = None,
+    hours: Annotated[float, typer.Option(help="Time limit of each run.")] = NINE_HOURS_S / 3600,
+    memory_mb: Annotated[int, typer.Option(help="Memory limit, in MB.")] = 30_000,
+    disk_mb: Annotated[int, typer.Option(help="Limit for what is written, in MB.")] = 20_000,
+    artifacts: Artifacts = Path("artifacts"), as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Run the notebook in a sealed box, on the public test set and on a look-alike of the hidden one, and judge its submissions."""
+    from kit.rehearsal.limits import Limits
+    from kit.rehearsal.rehearse import rehearse as rehearse_notebook
+    from kit.rehearsal.rehearse import staged_or_sample
+    from kit.vendor.profile import Profile
+
+    image, limits = Profile.load(profile_name), Limits(hours * 3600, memory_mb, disk_mb)
+    datasets, competition = staged_or_sample(datasets, competition, artifacts, image)
+    done = rehearse_notebook(datasets, notebook, competition, profile=image, artifacts=artifacts, rows=rows, limits=limits, level=level)
+    _show({"folder": done.folder, **done.summary}, as_json)
+
+
+@app.command(epilog="Example: kit push --dry-run")
+def push(
+    datasets: Annotated[Path | None, typer.Argument(help="Staged datasets. [default: ARTIFACTS/datasets]")] = None,
+    kernels: Annotated[Path | None, typer.Option(help="Staged notebooks. [default: ARTIFACTS/kernels]")] = None,
+    kernel: Annotated[str, typer.Option(help="The staged notebook to run; none for the datasets only.")] = "infer",
+    competition: Annotated[str | None, typer.Option(help="Where to submit. [default: the notebook's own]")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit what the run wrote.")] = False,
+    message: Annotated[str, typer.Option(help="Notes of new versions, description of the submission.")] = "sent by kit",
+    follow: Annotated[bool, typer.Option(help="Wait for the run and fetch its output.")] = True,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+    artifacts: Artifacts = Path("artifacts"), as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Publish what has changed: datasets, then the notebook pinned to their versions; follow its run, fetch its output, submit it."""
+    from kit.vendor.publish import publish
+
+    report = publish(
+        datasets or artifacts / "datasets", kernels or artifacts / "kernels", state=artifacts / "publish.json", output=artifacts / "output",
+        kernel=None if kernel == "none" else kernel, competition=competition, submit=submit, message=message, follow=follow, dry_run=dry,
+    )  # fmt: skip
+    _show(report.summary(), as_json)
+
+
+@app.command(epilog="Example: kit doctor --input /kaggle/input")
+def doctor(
+    root: Annotated[Path | None, typer.Option("--input", help="Where the bundles and the competition are mounted.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes, not hashes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Everything that can be found out about this machine and its mounts before a run; exit code 1 if something will fail."""
+    from kit.rehearsal.doctor import doctor as examine
+
+    _show_findings(examine(root, full=not quick), as_json)
+
+
+@app.command("lint-submission", epilog="Example: kit lint-submission submission.csv --test test.csv --log notebook.log")
+def lint_submission(
+    submission: Annotated[Path, typer.Argument(help="The submission, whether or not it is there.")],
+    sample_submission: Annotated[Path | None, typer.Option(help="The competition's sample submission.")] = None,
+    test: Annotated[Path | None, typer.Option(help="The test set.")] = None,
+    log_file: Annotated[Path | None, typer.Option("--log", help="The run's log, as the site gives it.")] = None,
+    task: Annotated[str, typer.Option(help="Kind of task.")] = _TASK,
+    as_json: AsJson = False,
+) -> None:
+    """Say which of the site's errors a submission or a log would lead to or has led to, why, and the way out."""
+    from kit.rehearsal.doctor import Findings
+    from kit.rehearsal.lint import lint
+
+    _show_findings(Findings(lint(submission, sample=sample_submission, test=test, log=log_file, task=task)), as_json)
+
+
+@profile.command(epilog="Example: kit profile capture --cell")
+def capture(
+    cell: Annotated[bool, typer.Option("--cell", help="Print the cell that captures the profile of the notebook it is pasted into.")] = False,
+    freeze: Annotated[Path | None, typer.Option(help="Make it from the output of pip freeze instead.")] = None,
+    python: Annotated[str | None, typer.Option(help="With --freeze: the image's Python, e.g. 3.12.13.")] = None,
+    glibc: Annotated[str | None, typer.Option(help="With --freeze: the image's glibc, e.g. 2.35.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("artifacts/profile.json"),
+    name: Annotated[str | None, typer.Option(help="Its name. [default: that of the file written]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the profile of this environment, of a bare freeze, or print the cell that captures one elsewhere."""
+    from kit.vendor.profile import Profile, capture_cell
+
+    if cell:
+        print(capture_cell())
+        return
+    label = name or out.stem
+    captured = Profile.from_freeze(freeze, name=label, python=python, glibc=glibc) if freeze else Profile.capture(label)
+    captured.save(out)
+    _show({"profile": out, "packages": len(captured.packages), "unknown": captured.unknown()}, as_json)
+
+
+@profile.command("show", epilog="Example: kit profile show kaggle-py312")
+def show_profile(name: Annotated[str, typer.Argument(help="A shipped name, a JSON file, or here.")] = _IMAGE, as_json: AsJson = False) -> None:
+    """Show what an image has, and what its profile cannot know."""
+    from kit.vendor.profile import Profile
+
+    loaded = Profile.load(name)
+    versions = {name: package.version for name, package in loaded.packages.items()}
+    _show({**loaded.model_dump(mode="json", exclude={"packages", "gaps"}), "packages": versions, "unknown": loaded.unknown()}, as_json)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; turn errors into one line and an exit code."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -205,13 +401,23 @@ def _numbers(text: str | None) -> list[int] | None:
         raise typer.BadParameter(f"--folds {text!r}: give fold numbers separated by commas, e.g. 0,2") from None
 
 
+def _show_findings(findings: Findings, as_json: bool) -> None:
+    """Exit code 1 where one is an error."""
+    if as_json:
+        print(json.dumps({"findings": [found._asdict() for found in findings]}))
+    else:
+        print(findings)
+    if any(found.level == "error" for found in findings):
+        raise typer.Exit(1)
+
+
 def _show(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values, default=str))
         return
     for name, value in values.items():
-        if isinstance(value, list):
-            print(f"{name}:", *(f"\n  {item}" for item in value), sep="")
+        if isinstance(value, list | tuple):
+            print(f"{name}:", *(f"\n  {_short(item)}" for item in value), sep="")
         elif isinstance(value, dict):
             print(f"{name}:", *(f"\n  {key}: {_short(item)}" for key, item in value.items()), sep="")
         else:

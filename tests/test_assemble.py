@@ -272,12 +272,6 @@ def test_contexts_are_found_anew_for_other_questions_settings_or_passages(data: 
     assert kept_after(examples, recipe) == 5
 
 
-# names
-
-
-@pytest.mark.parametrize(("text", "slug"), [("Wiki STEM_2023.v1", "wiki-stem-2023-v1"), ("--a--", "a"), ("Ünïted", "n-ted"), ("…", "unnamed"), ("", "unnamed")])
-def test_slugs_are_those_of_the_site(text: str, slug: str) -> None:
-    assert assemble.slug(text) == slug
 
 
 def test_digests_do_not_depend_on_the_order_of_keys() -> None:

@@ -257,7 +257,10 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     # bundles
     "bundle is none": (lambda shop, folder: infer(shop, folder, folder), ("MANIFEST.json", "found bundles")),
     "bundle is not mounted": (lambda shop, folder: infer(shop, folder, "my-member"), ("'my-member'", "nor mounted under")),
-    "bundle is no member": (lambda shop, folder: infer(shop, folder, shop.bundles / "kit-code"), ("no member bundle", "pack a trained run")),
+    "bundle is no member": (
+        lambda shop, folder: infer(shop, folder, shop.bundles / manifest.read(shop.members["reader"]).meta["index"]),
+        ("no member bundle", "pack a trained run"),
+    ),
     "bundle lacks a file": (member(lambda bundle: (bundle / "fold0" / "tokenizer.json").unlink()), ("fold0/tokenizer.json", "missing")),
     "bundle is cut off": (member(lambda bundle: (bundle / "oof.parquet").write_bytes(b"x")), ("oof.parquet", "1 bytes instead of")),
     "bundle is damaged": (member(lambda bundle: packed.damage(bundle / "fold1" / "model.safetensors")), ("fold1/model.safetensors", "damaged")),

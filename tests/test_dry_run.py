@@ -10,18 +10,17 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from kit import manifest
 from kit.data.tables import read_table
-from kit.errors import KitError
+from kit.errors import KitError, RehearsalError
 from kit.rehearsal.dryrun import dry_run
-from kit.rehearsal.notebook import NotebookError
 from tests import packed
 
-FIND = """
-import sys
+INSTALL = """
+import subprocess, sys
 from pathlib import Path
 INPUT = Path.cwd().parent / "input"
-sys.path[:0] = sorted(str(path.parent.parent) for path in INPUT.rglob("kit/__main__.py"))
+subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", *map(str, INPUT.rglob("*.whl"))])
 import kit
-assert str(INPUT) in kit.__file__, kit.__file__
+assert kit.__file__.startswith(sys.prefix), kit.__file__
 """
 TRAIN = f"""
 from kit.paths import find_competition
@@ -41,7 +40,7 @@ outcome.save(Path.cwd())
 def write_notebooks(folder: Path, train: str = TRAIN, infer: str = INFER) -> Path:
     folder.mkdir(exist_ok=True)
     for name, code in (("train", train), ("infer", infer)):
-        nbformat.write(new_notebook(cells=[new_code_cell(FIND), new_code_cell(code)]), folder / f"{name}.ipynb")
+        nbformat.write(new_notebook(cells=[new_code_cell(INSTALL), new_code_cell(code)]), folder / f"{name}.ipynb")
     return folder
 
 
@@ -68,7 +67,7 @@ def test_both_notebooks_run_sealed_and_what_is_unchanged_is_not_run_again(tmp_pa
     assert again["map@3"] == summary["map@3"]
 
     write_notebooks(tmp_path / "notebooks", infer=INFER + "\nraise RuntimeError('changed')")
-    with pytest.raises(NotebookError, match=r"infer\.ipynb, cell 2: RuntimeError: changed; the partly run notebook is"):
+    with pytest.raises(RehearsalError, match=r"infer\.ipynb, cell 2: RuntimeError: changed; the partly run notebook is"):
         dry_run(tmp_path / "artifacts", notebooks)
 
 

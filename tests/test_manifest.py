@@ -254,6 +254,6 @@ def test_a_slug_has_only_lower_case_letters_digits_and_single_hyphens(text: str)
     assert manifest.slug(slug) == slug
 
 
-@pytest.mark.parametrize(("text", "slug"), [("My Run_2-1a2b3c4d", "my-run-2-1a2b3c4d"), ("é", "unnamed"), ("", "unnamed"), ("a", "a")])
+@pytest.mark.parametrize(("text", "slug"), [("My Run_2-1a2b3c4d", "my-run-2-1a2b3c4d"), ("Ünïted", "n-ted"), ("é", "unnamed"), ("", "unnamed"), ("a", "a")])
 def test_slugs_of_common_names(text: str, slug: str) -> None:
     assert manifest.slug(text) == slug

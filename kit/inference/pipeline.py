@@ -201,9 +201,12 @@ class _Inference:
         folders, members, refused = [], [], None
         for bundle in self.bundles:
             try:
-                folders.append(paths.find_bundle(bundle, self.root))
-                if manifest.read(folders[-1]).kind == "member":
-                    members.append(Member.open(manifest.read(folders[-1])))
+                folder = paths.find_bundle(bundle, self.root)
+                if folder in folders:  # another part of the same bundle
+                    continue
+                folders.append(folder)
+                if manifest.read(folder).kind == "member":
+                    members.append(Member.open(manifest.read(folder)))
                     assert members[-1].task
             except KitError as error:
                 refused = refused or error

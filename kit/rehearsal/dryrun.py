@@ -1,7 +1,7 @@
 """The whole main job on the sample competition, as on the competition machine, and a summary of what came out.
 
-Two boxes below artifacts/dry-run, each with input/ and working/: `train` runs notebooks/train.ipynb, `infer` runs notebooks/infer.ipynb on
-what `train` packed. A stage whose inputs have not changed is not run again. Knows no model.
+Two boxes below artifacts/dry-run, each with input/, working/ and a python/ without the kit, which the notebooks install: `train` runs
+notebooks/train.ipynb, `infer` runs notebooks/infer.ipynb on what `train` packed. A stage whose inputs have not changed is not run again. Knows no model.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from typing import Any
 
 import numpy as np
 
-from kit import assemble, manifest, runtime
+from kit import manifest, runtime
 from kit.data.tables import read_table
 from kit.errors import KitError
 from kit.metrics import Estimate, bootstrap
+from kit.rehearsal import box as sealed
 from kit.rehearsal import guard
 from kit.rehearsal.baselines import longest, overlap, random_map
-from kit.rehearsal.notebook import run_notebook
+from kit.rehearsal.doctor import DISTRIBUTION
+from kit.rehearsal.limits import Limits
 from kit.retrieval.bm25 import BM25
 from kit.retrieval.corpus import Corpus
 from kit.sample import write_sample
 from kit.tasks.multiple_choice import MultipleChoice
-from kit.vendor.bundle import pack_code
+from kit.vendor.lookalike import Lookalike
+from kit.vendor.wheels import CODE, pack_code
 
-_TIMEOUT_S = 3600.0
+_LIMITS = Limits(wall_s=3600)
 _ANSWERS = "test_answers.csv"
 
 
@@ -58,6 +61,7 @@ class _DryRun:
         self._mount_competition(train)
         self._mount_competition(infer)
         code = pack_code(train / "input" / "datasets" / "owner")  # the newer mount layout
+        shutil.copytree(code, infer / "input" / CODE, dirs_exist_ok=True)
         made = manifest.read(code).digest
         notebook = self.notebooks / "train.ipynb"
         self._stage("train", [made, manifest.sha256(notebook)], lambda: self._train(notebook, train))
@@ -72,7 +76,7 @@ class _DryRun:
 
     def _stage(self, name: str, key: list[str], work: Callable[[], None]) -> None:
         """Do the work unless it was done with the same key; keep how long it took."""
-        path = self.root / "stages" / f"{assemble.slug(name)}.json"
+        path = self.root / "stages" / f"{manifest.slug(name)}.json"
         done = json.loads(path.read_text()) if path.is_file() else {}
         if done.get("key") == key:
             self.reused.append(name)
@@ -85,7 +89,9 @@ class _DryRun:
         manifest.write_atomically(path, json.dumps({"key": key, "seconds": self.seconds[name]}))
 
     def _notebook(self, notebook: Path, box: Path) -> None:
-        self.attempts += run_notebook(notebook, box / "working", input_folder=box / "input", timeout_s=_TIMEOUT_S).attempts
+        shutil.rmtree(box / "python", ignore_errors=True)
+        lookalike = Lookalike.create(box / "python", hide={DISTRIBUTION})
+        self.attempts += sealed.run(notebook, mounts=box / "input", working=box / "working", lookalike=lookalike, limits=_LIMITS).attempts
 
     def _train(self, notebook: Path, box: Path) -> None:
         """Without bundles of an earlier run: they may have been trained on what is a test row now."""
@@ -93,17 +99,17 @@ class _DryRun:
         self._notebook(notebook, box)
 
     def _without_contexts(self, box: Path) -> None:
-        """The same members on the same rows with empty contexts, sealed alike."""
-        seal, out = self.root / "seal", self.root / "without-contexts"
-        seal.mkdir(exist_ok=True)
-        shutil.copyfile(guard.__file__, seal / "sitecustomize.py")
+        """The same members on the same rows with empty contexts, by the kit that the notebook installed, and guarded as it was."""
+        python, out = box / "python", self.root / "without-contexts"
+        log = next(python.glob("lib/python*/site-packages")) / guard.LOG
+        log.unlink(missing_ok=True)
         bundles = [str(path.parent) for path in sorted((box / "input").glob(f"*/{manifest.FILE}")) if manifest.read(path.parent).kind == "member"]
         test = next((box / "input").rglob("test.csv"))
-        command = [runtime.python(), "-m", "kit", "infer", *bundles, "--test", str(test), "--out", str(out / "submission.csv"), "--details", str(out), "--no-contexts"]
-        done = subprocess.run(command, env=runtime.kernel_environment(box / "input", seal), capture_output=True, text=True, check=False)
+        options = [f"--test={test}", f"--out={out / 'submission.csv'}", f"--details={out}", "--no-contexts"]
+        command = [str(python / "bin" / "python"), "-m", "kit", "infer", *bundles, *options]
+        done = subprocess.run(command, env=runtime.clean_environment(), cwd=python, capture_output=True, text=True, check=False)
         if done.returncode:
             raise KitError(f"inference without contexts failed: {done.stderr.strip().splitlines()[-1]}")
-        log = seal / "attempts.log"
         self.attempts += log.read_text().splitlines() if log.is_file() else []
 
     def _mount_competition(self, box: Path) -> None:
@@ -119,7 +125,7 @@ class _DryRun:
                 if not (mounts / bundle.name / manifest.FILE).is_file() or manifest.read(mounts / bundle.name).digest != digests[bundle.name]:
                     shutil.rmtree(mounts / bundle.name, ignore_errors=True)
                     shutil.copytree(bundle, mounts / bundle.name)
-        for mounted in [path for path in mounts.iterdir() if (path / manifest.FILE).is_file() and path.name not in digests]:
+        for mounted in [path for path in mounts.iterdir() if (path / manifest.FILE).is_file() and path.name not in {*digests, CODE}]:
             shutil.rmtree(mounted)  # packed by an earlier run
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
@@ -131,7 +137,7 @@ class _DryRun:
         members = np.load(infer / "working" / "predictions.npz")
         outcome = json.loads((infer / "working" / "outcome.json").read_text())
         runs = {path.parent.name: json.loads(path.read_text()) for path in sorted((train / "working/artifacts/runs").glob("*/metrics.json"))}
-        runs = {name: values for name, values in runs.items() if assemble.slug(name) in outcome["weights"]}
+        runs = {name: values for name, values in runs.items() if manifest.slug(name) in outcome["weights"]}
         metric = task.metrics["map@3"]
         text = self._best_passages(train, [question.prompt for question in questions])
         scored = {"longest": longest(questions), "overlap": overlap(questions, text), **members}
@@ -162,7 +168,7 @@ class _DryRun:
 def _parts(train: Path, outcome: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Seconds inside the two notebooks: of every fit, and of what inference measured."""
     logs = {path.parent.name: path.read_text().splitlines() for path in sorted((train / "working/artifacts/runs").glob("*/log.jsonl"))}
-    logs = {name: lines for name, lines in logs.items() if assemble.slug(name) in outcome["weights"]}
+    logs = {name: lines for name, lines in logs.items() if manifest.slug(name) in outcome["weights"]}
     entries = [(run, key, value) for run, lines in logs.items() for line in lines for key, value in json.loads(line).items()]
     return {
         "train": {f"{run} {key.partition('/')[0]}": value for run, key, value in entries if key.endswith("/seconds")},

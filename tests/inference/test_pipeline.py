@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import kit
 from kit import manifest
 from kit.budget import Budget
 from kit.config import Recipe
@@ -320,7 +321,7 @@ def test_members_are_found_by_name_below_the_root(shop: Workshop, tmp_path: Path
 
 
 def test_no_members_is_an_error_that_says_so(shop: Workshop, tmp_path: Path) -> None:
-    for bundles in ([], [shop.bundles / "kit-code"]):
+    for bundles in ([], [shop.bundles / manifest.read(shop.members["reader"]).meta["index"]]):
         with pytest.raises(BundleError, match="no member bundle among .*: pack a trained run, and attach it"):
             infer(bundles, test=shop.competition / "test.csv", out=tmp_path / "submission.csv", root=shop.bundles)
 
@@ -359,7 +360,7 @@ def test_inference_calls_no_other_machine(shop: Workshop, tmp_path: Path) -> Non
     shutil.copyfile(guard.__file__, seal / "sitecustomize.py")
     code = "import sys, kit; kit.infer(sys.argv[3:], test=sys.argv[1], out=sys.argv[2])"
     arguments = [str(shop.competition / "test.csv"), str(tmp_path / "submission.csv"), str(shop.members["reader"])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(seal), str(shop.bundles / "kit-code"))), "KIT_INPUT": str(shop.bundles)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(seal), str(Path(kit.__file__).parents[1]))), "KIT_INPUT": str(shop.bundles)}
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert not (seal / "attempts.log").exists()
