@@ -21,7 +21,7 @@ from kit.config import Recipe, shipped_recipes
 from kit.errors import KitError
 
 if TYPE_CHECKING:
-    from kit.rehearsal.doctor import Findings
+    from kit.rehearsal.findings import Findings
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -328,7 +328,7 @@ def lint_submission(
     as_json: AsJson = False,
 ) -> None:
     """Say which of the site's errors a submission or a log would lead to or has led to, why, and the way out."""
-    from kit.rehearsal.doctor import Findings
+    from kit.rehearsal.findings import Findings
     from kit.rehearsal.lint import lint
 
     _show_findings(Findings(lint(submission, sample=sample_submission, test=test, log=log_file, task=task)), as_json)

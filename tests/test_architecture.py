@@ -44,9 +44,9 @@ OWNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "faiss": (("kit.retrieval.dense",), ()),
     "peft": (("kit.models.adapters",), ()),
     "bitsandbytes": (("kit.models.adapters",), ()),
-    "kaggle": ((), ("kit.vendor.publish",)),
-    "kagglesdk": ((), ("kit.vendor.publish",)),
-    "requests": ((), ("kit.vendor.publish",)),
+    "kaggle": ((), ("kit.vendor.session",)),
+    "kagglesdk": ((), ("kit.vendor.session",)),
+    "requests": ((), ("kit.vendor.session",)),
 }
 HEAVY = {"torch", "transformers", "pandas", "numpy", "accelerate", "sentence_transformers", "sklearn", "faiss"}
 PRINTERS = ("kit.cli",)
@@ -365,7 +365,8 @@ def test_a_module_without_a_place_in_the_order_is_found() -> None:
         ("kit.retrieval.hybrid", "def search():\n    import faiss"),
         ("kit.models.encoder", "import peft"),
         ("kit.training.loop", "import importlib\nimportlib.import_module('bitsandbytes')"),
-        ("kit.vendor.publish", "import kaggle"),
+        ("kit.vendor.session", "import kaggle"),
+        ("kit.vendor.publish", "def push():\n    import requests"),
         ("kit.vendor.bundle", "def push():\n    import kaggle.api"),
     ],
 )
@@ -378,7 +379,7 @@ def test_a_package_imported_by_a_file_that_does_not_own_it_is_found(name: str, s
     [
         ("kit.runtime", "def choose():\n    import torch"),
         ("kit.data.tables", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
-        ("kit.vendor.publish", "def push():\n    import kaggle"),
+        ("kit.vendor.session", "def sign_in():\n    import kaggle"),
         ("kit.models.adapters", "import peft"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kit.data.tables import read_table
-from kit.errors import BundleError, ConfigError
+from kit.errors import BundleError, ConfigError, DataError
 from kit.models import MODELS, Model
 from kit.retrieval import RETRIEVERS, Hits, Retriever
 from kit.retrieval.corpus import Corpus
@@ -279,6 +279,26 @@ def test_a_written_table_is_read_back_and_its_submission_scores_the_same(task_ki
     partly = prediction.copy()
     partly[1:3] = np.nan
     assert task.parse(read_table(write(task.rows(partly, examples), tmp_path / "partly.csv")), read_table(tmp_path / "table.csv"))
+
+
+@pytest.mark.parametrize("task_kind", sorted(TASKS))
+def test_a_written_submission_has_no_fault_and_a_spoiled_row_of_it_has_one(task_kind: str, tmp_path: Path) -> None:
+    sample = example(tiny.TASKS, task_kind, "TASKS")
+    task, examples = entry(TASKS, task_kind)(**sample.options), sample.examples(N)
+    answers = read_table(sample.write(tmp_path / "table.csv", examples))
+    rows = task.rows(np.random.default_rng(0).random((N, task.width(examples)), np.float32), examples).astype(str)
+    for known in (answers, None):
+        assert task.check(read_table(write(rows, tmp_path / "good.csv")), known) == []
+    rows.iloc[2, 1:] = "no prediction at all"
+    spoiled = read_table(write(rows, tmp_path / "spoiled.csv"))
+    for known in (answers, None):
+        (fault,) = task.check(spoiled, known)
+        assert fault.row == 2 and fault.column in rows and fault.why
+    with pytest.raises(DataError, match=r"spoiled\.csv: row 3") as error:
+        task.parse(spoiled, answers)
+    assert fault.why in str(error.value)
+    with pytest.raises(DataError, match="is missing"):
+        task.check(read_table(write(rows[["id"]], tmp_path / "bare.csv")), answers)
 
 
 def write(rows: Any, path: Path) -> Path:

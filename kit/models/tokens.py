@@ -6,6 +6,7 @@ shared by several pairs (the context of five options) is tokenised once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +43,7 @@ class HFTokens:
         self._tokenizer.encode_special_tokens = True  # "[SEP]" written in a question is text, not a separator
         self.limit = limit
         self.pad_id = next((id_ for name in _PAD_NAMES if (id_ := self._tokenizer.token_to_id(name)) is not None), 0)
+        self._of_texts = _without_special_pieces(self._tokenizer)
         self._plain = lru_cache(maxsize=4096)(self._encode_plain)
 
     def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0) -> list[Encoding]:
@@ -89,7 +91,7 @@ class HFTokens:
         self._tokenizer.save(str(Path(folder) / FILE))
 
     def _encode_plain(self, text: str) -> RustEncoding:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._of_texts.encode(text, add_special_tokens=False)
 
     def _windows(self, first: RustEncoding, room: int, stride: int) -> list[RustEncoding]:
         if len(first) <= room:
@@ -102,6 +104,22 @@ class HFTokens:
         encoding = self._encode_plain(text or "")
         encoding.truncate(room, direction="left")
         return encoding
+
+
+def _without_special_pieces(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer for texts, to which special tokens mean nothing: a Unigram model has them among its pieces, which sentencepiece passes over.
+
+    Those pieces get names that stand in no text: a noncharacter and a blank, which is a "▁" before pieces are looked for.
+    """
+    if not isinstance(tokenizer.model, models.Unigram):
+        return tokenizer
+    special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    model = json.loads(tokenizer.to_str())["model"]
+    pieces = [(f"\uffff {piece}" if id_ in special else piece, score) for id_, (piece, score) in enumerate(model["vocab"])]
+    made = Tokenizer.from_str(tokenizer.to_str())
+    made.model = models.Unigram(pieces, model["unk_id"], model["byte_fallback"])
+    made.encode_special_tokens = True
+    return made
 
 
 def _arrays(encoding: RustEncoding, first: int) -> Encoding:

@@ -1,25 +1,20 @@
-"""Looks at machine, mounts and installation before any budget is spent. Owns what can be wrong there, and the way out of each.
+"""Looks at machine, mounts and installation before any budget is spent. Owns what can be wrong with mounts and installation (of the
+machine: machine.py), and the way out of each.
 
 Never raises: a check that itself fails becomes a warning naming it. Changes nothing, connects to nothing, and scores nothing.
 """
 
 from __future__ import annotations
 
-import html
 import json
-import os
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors import SafetensorError, safe_open
@@ -27,53 +22,17 @@ from tqdm import tqdm
 
 import kit
 from kit import assemble, manifest, paths, runtime
-from kit.budget import NINE_HOURS_S, seconds_since_process_start
 from kit.config import Recipe
 from kit.data.tables import Table, read_table
 from kit.errors import DataError, KitError
 from kit.manifest import Manifest
+from kit.rehearsal import machine
+from kit.rehearsal.findings import Finding, Findings, Said, one_line
 from kit.vendor.profile import Profile
-from kit.vendor.wheels import LOCK
+from kit.vendor.wheels import DISTRIBUTION, LOCK
 
-DISTRIBUTION = "submission-kit"
-"""What the kit is called where it is installed."""
-_SHOWN = ("torch", "transformers", "tokenizers", "numpy", "pandas")
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib"}
 _HASHED_AT_MOST = 3_000_000_000  # bytes, a few seconds; what is larger is left to inference, which hashes everything
-_DISK_NEEDED, _DISK_WISHED = 2_000_000_000, 5_000_000_000  # bytes
-_SLOW_START_S = 900.0  # an installation takes a minute: so long a start waits for something
-_MARKS = {"ok": "✓", "warning": "!", "error": "✗"}
-
-
-class Finding(NamedTuple):
-    """level: "ok", "warning" or "error". check: short name. what: one line with the values. todo: the way out, "" when ok."""
-
-    level: str
-    check: str
-    what: str
-    todo: str = ""
-
-
-class Findings(list[Finding]):
-    """Findings that a notebook shows as a table, and a terminal as lines."""
-
-    def __str__(self) -> str:
-        width = max((len(found.check) for found in self), default=0)
-        return "\n".join(f"{_MARKS[level]} {check:<{width}}  {what}{todo and ' → '}{todo}" for level, check, what, todo in self)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        rows = ["".join(f"<td style='text-align:left'>{html.escape(text)}</td>" for text in found) for found in self]
-        return f"<table><tr><th>{'</th><th>'.join(Finding._fields)}</th></tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
-
-
-class Said(NamedTuple):
-    """A finding that does not know yet which check it is of."""
-
-    level: str
-    what: str
-    todo: str = ""
 
 
 def doctor(root: Path | None = None, *, full: bool = True) -> Findings:
@@ -96,7 +55,7 @@ def examine(root: Path | None = None, *, working: Path | None = None, full: bool
         except KitError as error:
             findings.append(Finding("error", name, str(error), "do as the message says"))
         except Exception as error:  # a look before the flight must not cost the flight
-            findings.append(Finding("warning", name, f"could not be checked: {type(error).__name__}: {_one_line(error)}", "look at it by hand"))
+            findings.append(Finding("warning", name, f"could not be checked: {type(error).__name__}: {one_line(error)}", "look at it by hand"))
     return findings
 
 
@@ -129,6 +88,11 @@ class Site:
         return [bundle for bundle in self.bundles.values() if bundle.kind == "member"]
 
     @property
+    def weights(self) -> dict[str, int]:
+        """Bytes of weights by member/fit."""
+        return {f"{member.name}/{fit}": size for member in self.members for fit, size in _weights(member).items()}
+
+    @property
     def fault(self) -> str:
         """Level of what is wrong on the competition machine, but may be so on a workstation."""
         return "error" if runtime.on_competition_machine() else "warning"
@@ -137,120 +101,6 @@ class Site:
         """Version of an installed package; None if it is not installed."""
         package = self.image.packages.get(canonicalize_name(name))
         return package.version if package else None
-
-
-# --- the machine -----------------------------------------------------------------------------------------------------------------
-
-
-def _software(site: Site) -> Iterator[Said]:
-    versions = ", ".join(f"{name} {site.version(name) or 'absent'}" for name in _SHOWN)
-    yield Said("ok", f"kit {kit.__version__}, Python {site.image.python}, {site.image.machine}, glibc {site.image.glibc or 'none'}, {versions}")
-
-
-def _run(site: Site) -> Iterator[Said]:
-    if runtime.is_rerun():
-        yield Said("ok", "the hidden rerun, the execution that counts")
-    elif runtime.on_competition_machine():
-        yield Said("ok", f"the competition machine, run type {runtime.run_type()}; not the hidden rerun")
-    else:
-        yield Said("ok", "not the competition machine")
-
-
-def _gpu(site: Site) -> Iterator[Said]:
-    gpus = runtime.gpus()
-    archs = site.image.torch.archs if site.image.torch else ()
-    yield from (judge_gpu(gpu, archs) for gpu in gpus)
-    if len(gpus) > 1:
-        yield Said("ok", f"{len(gpus)} GPUs")
-    elif not gpus and runtime.on_competition_machine():
-        yield Said("warning", "no GPU: everything runs on the CPU", "choose the accelerator GPU T4 ×2 in the notebook's settings, unless every member is small")
-    for device in [f"cuda:{number}" for number in range(len(gpus))] or ["cpu"]:
-        yield _try_device(device)
-
-
-def judge_gpu(gpu: runtime.Gpu, archs: Sequence[str]) -> Said:
-    """Whether a torch with kernels for these architectures runs on the GPU."""
-    what = f"{gpu.name}, sm_{gpu.capability[0]}{gpu.capability[1]}, {_gb(gpu.free)} of {_gb(gpu.total)} free"
-    if has_kernels(gpu.capability, archs):
-        return Said("ok", what)
-    return Said("error", f"{what}: this torch has no kernels for it, only for {' '.join(archs) or 'no GPU'}", "choose T4 as the accelerator in the notebook's settings")
-
-
-def has_kernels(capability: tuple[int, int], archs: Sequence[str]) -> bool:
-    """Whether code for one of the architectures ("sm_75", "compute_90", "sm_90a") runs on a GPU of this capability.
-
-    CUDA's rules of compatibility: machine code runs on its own major version from its minor version on, PTX (compute) on its own version
-    and all later ones, either with the suffix "a" on its own version only.
-    """
-    for kind, major, minor, suffix in re.findall(r"(sm|compute)_(\d+)(\d)(a?)\b", " ".join(archs)):
-        built = (int(major), int(minor))
-        if capability == built or not suffix and capability > built and (kind == "compute" or capability[0] == built[0]):
-            return True
-    return False
-
-
-def _try_device(device: str) -> Said:
-    chosen = runtime.choose(device=device)
-    what = f"products on {device} in {chosen.dtype} ({chosen.reason})"
-    way_out = "choose T4 as the accelerator in the notebook's settings, or none"
-    try:
-        return Said("ok", f"{what} come out right") if runtime.try_product(chosen) else Said("error", f"{what} come out wrong", way_out)
-    except RuntimeError as error:  # what torch makes of CUDA's errors
-        return Said("error", f"{what} fail: {_one_line(error)}", way_out)
-
-
-def _memory(site: Site) -> Iterator[Said]:
-    ram = psutil.virtual_memory()
-    sizes = {f"{member.name}/{fit}": size for member in site.members for fit, size in _weights(member).items()}
-    largest, needed = max(sizes.items(), key=lambda item: item[1], default=("", 0))
-    of_largest = f"weights of the largest fit, {largest}: {_gb(needed)}" if sizes else "no weights are mounted"
-    what = f"{_gb(ram.available)} of {_gb(ram.total)} RAM free, {os.cpu_count()} CPUs, {of_largest}"
-    if ram.available < 2 * needed:
-        yield Said("warning", f"{what}, and loading takes up to twice that", "close other sessions, or leave this member out")
-    else:
-        yield Said("ok", what)
-    for gpu in runtime.gpus():
-        if gpu.free < needed:
-            yield Said("warning", f"{_gb(gpu.free)} free on {gpu.name}, {of_largest}", "restart the session, or leave this member out")
-
-
-def _disk(site: Site) -> Iterator[Said]:
-    for name, folder in {"working": site.working, "temporary": Path(tempfile.gettempdir())}.items():
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                yield judge_disk(f"{name} folder {folder}", shutil.disk_usage(folder).free)
-        except OSError as error:
-            yield Said("error", f"{name} folder {folder} cannot be written to: {error.strerror}", "run where files can be written, as in /kaggle/working")
-
-
-def judge_disk(folder: str, free: int) -> Said:
-    """Whether so many free bytes are enough."""
-    if free >= _DISK_WISHED:
-        return Said("ok", f"{folder}: {_gb(free)} free")
-    return Said("error" if free < _DISK_NEEDED else "warning", f"{folder}: only {_gb(free)} free", "remove what is not needed there")
-
-
-def _clock(site: Site) -> Iterator[Said]:
-    begun = time.monotonic()
-    time.sleep(0.001)
-    if time.gmtime().tm_year < 2024 or time.monotonic() <= begun:
-        yield Said("warning", f"the clock stands still or is wrong: {time.strftime('%Y-%m-%d %H:%M:%S')}", "give the budget used_s by hand")
-    yield judge_start(seconds_since_process_start(), interactive=runtime.run_type() != "Batch")
-
-
-def judge_start(elapsed_s: float, *, interactive: bool) -> Said:
-    """Whether this process has enough of its nine hours left; an interactive session may be as old as it likes."""
-    what = f"this process began {elapsed_s:.0f} s ago: {(NINE_HOURS_S - elapsed_s) / 3600:.2f} h of nine are left"
-    if interactive:
-        return Said("ok", what)
-    return Said("warning", what, "do nothing slow before this cell") if elapsed_s > _SLOW_START_S else Said("ok", what)
-
-
-def _offline(site: Site) -> Iterator[Said]:
-    if missing := runtime.open_switches():
-        yield Said(site.fault, f"offline switches not set: {', '.join(missing)}", "import kit before transformers, datasets and huggingface_hub")
-    else:
-        yield Said("ok", "every offline switch is set")
 
 
 # --- the mounts ------------------------------------------------------------------------------------------------------------------
@@ -370,7 +220,7 @@ def _holds(pin: Requirement, site: Site) -> bool:
 def _requirements(site: Site) -> Iterator[Said]:
     """Whether what the kit imports has what it requires. The rest of an image is never without a conflict."""
     locked = {canonicalize_name(pin.name) for pins in site.locks.values() for pin in pins}
-    names = site.image.closure([DISTRIBUTION, *_SHOWN, *locked])
+    names = site.image.closure([DISTRIBUTION, *machine.LIBRARIES, *locked])
     imported = site.image.model_copy(update={"packages": {name: site.image.packages[name] for name in sorted(names)}})
     broken = imported.broken(imported.packages)
     for line in broken:
@@ -420,7 +270,7 @@ def _weight_faults(member: Manifest, fit: str) -> Iterator[Said]:
             with safe_open(member.locate(name), framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            yield Said("error", f"{member.name}/{name} cannot be read as weights: {_one_line(error)}", "upload the dataset again")
+            yield Said("error", f"{member.name}/{name} cannot be read as weights: {one_line(error)}", "upload the dataset again")
 
 
 def _adapters(site: Site) -> Iterator[Said]:
@@ -468,16 +318,8 @@ def _refusal(work: Callable[..., object], *arguments: object, **options: object)
     return ""
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _size(bundle: Manifest) -> int:
     return sum(size for _, size in bundle.files.values())
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def _mb(size: float) -> str:
@@ -485,13 +327,13 @@ def _mb(size: float) -> str:
 
 
 CHECKS: dict[str, Callable[[Site], Iterator[Said]]] = {
-    "software": _software,
-    "run": _run,
-    "gpu": _gpu,
-    "memory": _memory,
-    "disk": _disk,
-    "clock": _clock,
-    "offline": _offline,
+    "software": lambda site: machine.software(site.image),
+    "run": lambda _: machine.kind_of_run(),
+    "gpu": lambda site: machine.gpus(site.image),
+    "memory": lambda site: machine.memory(site.weights),
+    "disk": lambda site: machine.disk(site.working),
+    "clock": lambda _: machine.clock(),
+    "offline": lambda site: machine.offline(site.fault),
     "mounts": _mounts,
     "integrity": _integrity,
     "competition": _competition,
@@ -500,4 +342,4 @@ CHECKS: dict[str, Callable[[Site], Iterator[Said]]] = {
     "members": _members,
     "adapters": _adapters,
 }
-"""Every check by the name its findings carry, in the order they are shown. A new one is a function here."""
+"""Every check by the name its findings carry, in the order they are shown. A new one is a function, and a line here."""

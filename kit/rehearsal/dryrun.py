@@ -26,14 +26,13 @@ from kit.metrics import Estimate, bootstrap
 from kit.rehearsal import box as sealed
 from kit.rehearsal import guard
 from kit.rehearsal.baselines import longest, overlap, random_map
-from kit.rehearsal.doctor import DISTRIBUTION
 from kit.rehearsal.limits import Limits
 from kit.retrieval.bm25 import BM25
 from kit.retrieval.corpus import Corpus
 from kit.sample import write_sample
 from kit.tasks.multiple_choice import MultipleChoice
 from kit.vendor.lookalike import Lookalike
-from kit.vendor.wheels import CODE, pack_code
+from kit.vendor.wheels import CODE, DISTRIBUTION, pack_code
 
 _LIMITS = Limits(wall_s=3600)
 _ANSWERS = "test_answers.csv"

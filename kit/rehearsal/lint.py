@@ -19,7 +19,8 @@ from kit import assemble
 from kit.budget import NINE_HOURS_S
 from kit.data.tables import Table, read_table
 from kit.errors import DataError
-from kit.rehearsal.doctor import Finding, judge_sample
+from kit.rehearsal.doctor import judge_sample
+from kit.rehearsal.findings import Finding
 from kit.tasks import Task
 
 NAME = "submission.csv"
@@ -29,7 +30,8 @@ COMPUTE = "Notebook Exceeded Allowed Compute"
 NOT_FOUND = "Submission CSV Not Found"
 SCORING = "Submission Scoring Error"
 
-_SHOWN, _KINDS = 5, 50  # kinds of faulty predictions that are listed, and that are looked for
+_SHOWN = 5  # kinds of faulty predictions
+_AS_SAMPLE = "write predictions in the form of the sample submission"
 _EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}
 _BOM = b"\xef\xbb\xbf"
 _NEAR = 0.9  # of the nine hours: the hidden test set may take the rest
@@ -264,49 +266,23 @@ def _check_predictions(table: Table, wanted: _Wanted) -> Iterator[Finding]:
     empty = table.frame[names].apply(lambda column: column.str.strip().str.lower()).isin(_EMPTY)
     for name in names:
         yield from _first(table, name, empty[name], "the prediction is empty", "write one in every row, at worst the options in their order")
-    faults: dict[tuple[str, str | None], list[int]] = {}
-    for _, rows in table.frame[~empty.any(axis=1)].groupby(names, sort=False):  # equal predictions have equal faults
-        if fault := _judge(rows.iloc[:1], wanted):
-            faults.setdefault((fault.why, fault.column), []).extend(rows.index)
-        if len(faults) == _KINDS:
-            break
-    for (why, column), where in list(faults.items())[:_SHOWN]:
-        yield from _first(table, column, table.frame.index.isin(where), why, "write predictions in the form of the sample submission")
-    if len(faults) > _SHOWN:
-        what = f"{table.source}: {len(faults) - _SHOWN}{' or' * (len(faults) == _KINDS)} more kinds of faulty predictions"
-        yield Finding("error", SCORING, what, "write predictions in the form of the sample submission")
-
-
-class _RowError(DataError):
-    """Why a task refuses a value, without the place."""
-
-    def __init__(self, why: str, column: str | None) -> None:
-        super().__init__(why)
-        self.why, self.column = why, column
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row as a table, whose errors tell the reason alone."""
-
-    frame: pd.DataFrame
-    source: str = "a row"
-
-    def error(self, why: str, *, row: int | None = None, column: str | None = None) -> DataError:
-        return _RowError(why, column)
-
-
-def _judge(row: pd.DataFrame, wanted: _Wanted) -> _RowError | None:
-    """What the task says against the prediction of one row, whose truth is a made-up one that any question may have."""
-    question = wanted.test.frame.iloc[:1] if wanted.test else row[["id"]]
     try:
-        wanted.task.parse(_Row(row), _Row(question.assign(answer="A")))
-    except _RowError as fault:
-        return fault
-    return None
+        faults = wanted.task.check(table, wanted.test)
+    except DataError as error:
+        yield Finding("error", SCORING, str(error), "give a sample submission and a task that belong together")
+        return
+    is_empty = empty.any(axis=1).to_numpy()
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for fault in faults:
+        if not is_empty[fault.row]:
+            kinds.setdefault((fault.column, fault.why), []).append(fault.row)
+    for (column, why), rows in list(kinds.items())[:_SHOWN]:
+        yield from _first(table, column, table.frame.index.isin(rows), why, _AS_SAMPLE)
+    if len(kinds) > _SHOWN:
+        yield Finding("error", SCORING, f"{table.source}: {len(kinds) - _SHOWN} more kinds of faulty predictions", _AS_SAMPLE)
 
 
-def _first(table: Table, column: str | None, rows: Any, why: str, todo: str, level: str = "error") -> Iterator[Finding]:
+def _first(table: Table, column: str, rows: Any, why: str, todo: str, level: str = "error") -> Iterator[Finding]:
     """The finding for the first of the marked rows (N,) bool, and how many there are; none where none is marked."""
     if rows.any():
         yield Finding(level, SCORING, f"{table.error(why, row=int(np.argmax(rows)), column=column)}{_count(int(rows.sum()))}", todo)

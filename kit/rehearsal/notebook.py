@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import subprocess
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ KERNEL = ("-m", "ipykernel_launcher", "-f", "{connection_file}")  # arguments of
 _START_S = 120
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _COMPLAINT = re.compile(r"^\s*((?:ERROR|error):.*)", re.MULTILINE)
+_UNHEARD = logging.getLogger(f"{__name__}.client")  # of nbclient: what happened is told by the error raised here
+_UNHEARD.setLevel(logging.CRITICAL + 1)
 
 
 class Executed(NamedTuple):
@@ -48,7 +51,7 @@ def execute(
 
     manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(sockets / "k"), connection_file=str(sockets / "kernel.json"))
     manager.kernel_spec.argv = [*command]  # type: ignore[union-attr]
-    client = NotebookClient(document, km=manager, timeout=None, startup_timeout=_START_S)
+    client = NotebookClient(document, km=manager, timeout=None, startup_timeout=_START_S, log=_UNHEARD)
     client.on_cell_execute = lambda cell, cell_index: begun.append(cell_index)
     log = sockets / "log"
     try:

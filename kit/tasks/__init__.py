@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -83,6 +83,14 @@ class Feature:
         return sum(len(encoding["input_ids"]) for encoding in self.encodings)
 
 
+class Fault(NamedTuple):
+    """Why the site would refuse a prediction. row: 0-based position in the submission. column: where it stands."""
+
+    row: int
+    column: str
+    why: str
+
+
 class Task(Protocol):
     """needs: what a model must give: "row" (R, outputs), "token" (R, T, outputs), "next_token" (R, V) or "all_tokens" (R, T, V)."""
 
@@ -140,6 +148,10 @@ class Task(Protocol):
 
     def width(self, examples: Sequence[Any]) -> int:
         """Columns C of a prediction for these examples."""
+        ...
+
+    def check(self, submission: Table, known: Table | None) -> list[Fault]:
+        """The first fault of every faulty prediction. known: the test set or the answers, in any order, if there is one. Raises DataError for a missing column."""
         ...
 
     def parse(self, submission: Table, answers: Table) -> tuple[np.ndarray, np.ndarray]:

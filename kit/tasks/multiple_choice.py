@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from kit.errors import ConfigError
 from kit.metrics import accuracy, accuracy_at_k, map_at_k
-from kit.tasks import Batch, Feature, Table, Tokens
+from kit.tasks import Batch, Fault, Feature, Table, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +75,7 @@ class MultipleChoice:
         frame = table.frame
         letters = _option_columns(table)
         for column in ("id", "prompt"):
-            if column not in frame:
-                raise table.error(f"column {column!r} is missing (columns: {', '.join(frame.columns)})")
+            _require(table, column)
         texts = list(zip(*(frame[letter] for letter in letters), strict=True))
         answers = frame["answer"] if "answer" in frame else [""] * len(frame)
         contexts = frame["context"] if "context" in frame else [""] * len(frame)
@@ -159,19 +158,27 @@ class MultipleChoice:
         """Options of a question."""
         return len(examples[0].options) if examples else 0
 
+    def check(self, submission: Table, known: Table | None) -> list[Fault]:
+        """Predictions that are not 1 to `top` different letters of options. Without `known`, options are A to E. Raises DataError."""
+        _require(submission, "prediction")
+        letters = _known_letters(known)
+        objections = [_objection(text.split(), letters, self.top) for text in submission.frame["prediction"]]
+        return [Fault(row, "prediction", why) for row, why in enumerate(objections) if why]
+
     def parse(self, submission: Table, answers: Table) -> tuple[np.ndarray, np.ndarray]:
         """Ranks as scores (N, top + 26): the first letter 1, the second 1/2 …, letters not named -1, below `top` empty columns of 0.
 
         So a letter that is not named ranks below `top` also where fewer are named. The answers need columns id and answer.
         """
-        for table, column in ((submission, "prediction"), (answers, "answer")):
-            if column not in table.frame:
-                raise table.error(f"column {column!r} is missing (columns: {', '.join(table.frame.columns)})")
-        known = [letter for letter in LETTERS if letter in answers.frame] or _letters_of(answers)
+        _require(submission, "prediction")
+        _require(answers, "answer")
+        if faults := self.check(submission, answers):
+            raise submission.error(faults[0].why, row=faults[0].row, column=faults[0].column)
+        known = _known_letters(answers)
         prediction = np.full((len(submission.frame), self.top + len(LETTERS)), -1.0, np.float32)
         prediction[:, : self.top] = 0.0
         for row, text in enumerate(submission.frame["prediction"]):
-            for rank, letter in enumerate(_letters(submission, row, text, known, self.top)):
+            for rank, letter in enumerate(text.split()):
                 prediction[row, self.top + LETTERS.index(letter)] = 1 / (rank + 1)
         for row, letter in enumerate(answers.frame["answer"]):
             if letter.strip() not in known:
@@ -207,23 +214,26 @@ def _answer_index(table: Table, row: int, answer: str, options: tuple[str, ...],
     return letters.index(answer)
 
 
-def _letters_of(answers: Table) -> list[str]:
-    """A to E, or on to the last letter among the answers, where the table does not have the options themselves."""
-    last = max((LETTERS.find(letter.strip()) for letter in answers.frame["answer"] if len(letter.strip()) == 1), default=0)
-    return list(LETTERS[: max(last + 1, _USUAL_OPTIONS)])
+def _require(table: Table, column: str) -> None:
+    if column not in table.frame:
+        raise table.error(f"column {column!r} is missing (columns: {', '.join(table.frame.columns)})")
 
 
-def _letters(table: Table, row: int, text: str, known: list[str], top: int) -> list[str]:
-    """The letters of one prediction. Raises DataError as the site would refuse them."""
-    letters = text.split()
-    if not letters or len(letters) > top:
-        raise table.error(f"a prediction is 1 to {top} letters separated by spaces", row=row, column="prediction")
-    for letter in letters:
-        if letter not in known:
-            raise table.error(f"{letter!r} is no option ({known[0]} to {known[-1]})", row=row, column="prediction")
-    if len(set(letters)) != len(letters):
-        raise table.error("a letter is named twice", row=row, column="prediction")
-    return letters
+def _known_letters(known: Table | None) -> list[str]:
+    """The options of a table; where it does not have them, A to E, or on to the last letter among its answers."""
+    frame = known.frame if known else pd.DataFrame()
+    last = max((LETTERS.find(letter.strip()) for letter in frame.get("answer", ()) if len(letter.strip()) == 1), default=0)
+    return [letter for letter in LETTERS if letter in frame] or list(LETTERS[: max(last + 1, _USUAL_OPTIONS)])
+
+
+def _objection(letters: list[str], known: list[str], top: int) -> str:
+    """Why the site would refuse these letters as a prediction; empty if it would not."""
+    if not 1 <= len(letters) <= top:
+        return f"a prediction is 1 to {top} letters separated by spaces"
+    strange = [letter for letter in letters if letter not in known]
+    if strange:
+        return f"{strange[0]!r} is no option ({known[0]} to {known[-1]})"
+    return "a letter is named twice" if len(set(letters)) < len(letters) else ""
 
 
 def _reorder(question: Question, order: np.ndarray) -> Question:

@@ -1,6 +1,6 @@
 """Bundles and notebooks → what is uploaded: flat folders with dataset-metadata.json, and notebooks with kernel-metadata.json.
 
-Owns how they are laid out. Does not know the site's rules (site.py), does not call the site (publish.py), and does not look into files.
+Owns how they are laid out. Does not know the site's rules (site.py), does not call the site (session.py), and does not look into files.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ class Notebook:
         by_folder = {path.parent.name: path for path in sorted(kernels.glob(f"*/{site.KERNEL_METADATA}"))}
         by_file = {Path(str(_json(path).get("code_file"))).stem: path for path in by_folder.values()}
         staged = {**by_file, **by_folder}
+        if not staged:
+            raise ConfigError(f"{kernels}: no staged notebook {name!r}, nor any other: run `kit vendor bundle` first, or send the datasets alone by --kernel none")
         if name not in staged:
             raise ConfigError(f"{kernels}: no staged notebook {name!r}{nearest(name, staged)}: stage it, or choose with --kernel")
         path = staged[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -197,9 +198,11 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of a protocol that it may not know: what it cannot read is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if any(words in str(error) for words in _NO_PICKLE):
+        if not _is_newer_pickle(path) and any(words in str(error) for words in _NO_PICKLE):
             raise BundleError(f"{path}: damaged, or no torch file ({_short(error)}): copy it again from where it came") from None
         raise BundleError(f"{path}: needs arbitrary code to be read (torch's weights_only refuses it): convert it to safetensors where it came from") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
@@ -210,6 +213,12 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     if other is not None:
         raise BundleError(f"{path}: {other!r} is a {type(state[other]).__name__} and no tensor, so this is no state dict: save it with save_pretrained")
     return dict(state)
+
+
+def _is_newer_pickle(path: Path) -> bool:
+    """Whether it is a pickle of a protocol that torch neither writes nor reads."""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def _drop_aliases(state: dict[str, torch.Tensor]) -> list[str]:

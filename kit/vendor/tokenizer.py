@@ -217,7 +217,9 @@ def _spm_model(source: Path, proto: Any, pieces: list[tuple[str, float]], unk: i
     from transformers.convert_slow_tokenizer import generate_merges
 
     vocab = {piece: id_ for id_, (piece, _) in enumerate(pieces)}
-    return models.BPE(vocab, generate_merges(vocab, pieces), unk_token=pieces[unk][0], fuse_unk=True, byte_fallback=spec.byte_fallback)
+    control = {piece.piece for piece in proto.pieces if piece.type == _CONTROL}  # which sentencepiece never puts together from a text
+    merges = generate_merges(vocab, [(piece, score) for piece, score in pieces if piece not in control])
+    return models.BPE(vocab, merges, unk_token=pieces[unk][0], fuse_unk=True, byte_fallback=spec.byte_fallback)
 
 
 def _spm_normalizer(spec: Any, lower: bool) -> normalizers.Normalizer:

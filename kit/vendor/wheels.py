@@ -25,6 +25,7 @@ from kit.errors import BundleError, ConfigError
 from kit.vendor.profile import Package, Profile
 from kit.vendor.resolve import EPOCH, Found, Index, Tools, last_error, matches, run, tool
 
+DISTRIBUTION = "submission-kit"  # what the kit is called where it is installed
 LOCK = "requirements.lock"
 CODE = "kit-code"
 WHEELS = "kit-wheels"

@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from kit.errors import BundleError, ConfigError
 from kit.models.tokens import FILE, HFTokens, train_wordpiece
+from kit.vendor.tokenizer import DIFFICULT, convert
 from tests import tiny
 
 KINDS = ("wordpiece", "byte_level")
@@ -77,6 +79,22 @@ def test_special_tokens_written_inside_a_text_stay_text(tokens: HFTokens, plain:
     assert np.isin(encoding["input_ids"][~inside], special).all()
     covered = [f"light {written} snow"[a:b].strip() for a, b in encoding["offsets"][encoding["segment"] == 0]]
     assert "".join(covered) == f"light{written}snow"
+
+
+@pytest.mark.parametrize("family", ["deberta-v2", "t5", "xlm-roberta"])
+def test_special_tokens_written_inside_a_text_are_what_sentencepiece_makes_of_them(family: str, tmp_path: Path) -> None:
+    """A Unigram model has them as pieces, which tokenizers takes and sentencepiece does not."""
+    model = tiny.sentencepiece_model(tmp_path / tiny.SENTENCEPIECE[family][1], family)
+    made = convert(tmp_path, model_type=family).tokenizer
+    made.save(str(tmp_path / FILE))
+    peer = SentencePieceProcessor(model_file=str(model))
+    shift, unknown = (1, 3) if family == "xlm-roberta" else (0, peer.unk_id())
+    for text in (*DIFFICULT, "light [CLS] snow", "</s>x[PAD]", "<pad>", "<unk> [UNK]", "x[MASK]y[CLS][SEP]"):
+        expected = [unknown if id_ == peer.unk_id() else id_ + shift for id_ in peer.encode(text)]
+        (encoding,) = HFTokens(tmp_path, limit=256).encode(text, max_length=256)
+        assert encoding["input_ids"][encoding["segment"] == 0].tolist() == expected, text
+    HFTokens(tmp_path).save(tmp_path)
+    assert Tokenizer.from_file(str(tmp_path / FILE)).get_vocab() == made.get_vocab(), "what is saved is as it was"
 
 
 @given(n=st.integers(0, 90), pair=st.integers(0, 20) | st.none(), max_length=st.integers(26, 90), stride=st.integers(0, 40))

@@ -11,12 +11,11 @@ import pytest
 
 import kit
 from kit import manifest, runtime
-from kit.rehearsal.doctor import CHECKS, Finding, Findings, doctor, examine, has_kernels, judge_disk, judge_gpu, judge_start, read_lock
+from kit.rehearsal.doctor import CHECKS, doctor, examine, read_lock
+from kit.rehearsal.findings import Finding
 from kit.vendor.dataset import stage
 from tests import packed
 from tests.packed import Workshop, read_rows, write_rows
-
-KAGGLE_ARCHS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 
 
 @pytest.fixture(autouse=True)
@@ -124,43 +123,7 @@ def test_the_notebook_looks_where_inference_does(mounts: Path, monkeypatch: pyte
     assert f"bundles below {mounts}" in said(findings, "mounts") and "0 files of 0.0 MB hashed" in said(findings, "integrity")
 
 
-def test_findings_show_as_lines_and_as_a_table() -> None:
-    findings = Findings([Finding("ok", "run", "a < b"), Finding("error", "locks", "none", "install")])
-    assert str(findings) == repr(findings) == "✓ run    a < b\n✗ locks  none → install"
-    table = findings._repr_html_()
-    assert "a &lt; b" in table and table.count("<tr>") == 3
-    assert str(Findings()) == ""
-
-
 # --- the machine -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("capability", "archs", "fits"),
-    [
-        ((7, 5), KAGGLE_ARCHS, True),
-        ((6, 0), KAGGLE_ARCHS, False),
-        ((8, 9), KAGGLE_ARCHS, True),  # L4: code for sm_86 runs on it
-        ((8, 0), ("sm_86",), False),
-        ((9, 0), ("sm_86",), False),
-        ((12, 1), ("sm_120",), True),
-        ((10, 0), ("sm_90", "compute_90"), True),
-        ((7, 5), ("compute_80",), False),
-        ((8, 0), ("compute_75",), True),
-        ((9, 0), ("sm_90a",), True),
-        ((9, 1), ("sm_90a", "compute_90a"), False),
-        ((7, 5), (), False),
-    ],
-)
-def test_kernels_fit_a_gpu_by_the_rules_of_cuda(capability: tuple[int, int], archs: tuple[str, ...], fits: bool) -> None:
-    assert has_kernels(capability, archs) is fits
-
-
-def test_a_p100_is_refused_in_favour_of_a_t4() -> None:
-    p100 = judge_gpu(runtime.Gpu("Tesla P100-PCIE-16GB", (6, 0), 16_000_000_000, 17_000_000_000), KAGGLE_ARCHS)
-    assert p100.level == "error" and "sm_60" in p100.what and "only for sm_70 sm_75" in p100.what and "choose T4" in p100.todo
-    t4 = judge_gpu(runtime.Gpu("Tesla T4", (7, 5), 15_000_000_000, 16_106_127_360), KAGGLE_ARCHS)
-    assert t4 == ("ok", "Tesla T4, sm_75, 15.0 GB of 16.1 GB free", "")
 
 
 @pytest.mark.skipif(bool(runtime.gpus()), reason="needs a machine without a GPU")
@@ -184,19 +147,8 @@ def test_weights_that_do_not_fit_into_memory_are_named(mounts: Path) -> None:
     assert [fault.level for fault in found] == ["warning"] and f"{member(mounts).name}/fold1: 1000000.0 GB" in found[0].what
 
 
-def test_little_disk_is_a_warning_and_very_little_an_error() -> None:
-    assert [judge_disk("/tmp", free).level for free in (6 * 10**9, 3 * 10**9, 10**9)] == ["ok", "warning", "error"]
-    assert judge_disk("/tmp", 10**9).what == "/tmp: only 1.0 GB free"
-
-
 def test_a_working_folder_that_cannot_be_written_to_is_an_error(mounts: Path) -> None:
     the_only_fault(examine(mounts, working=mounts / "none"), "error", "disk", "working folder", "cannot be written to: No such file")
-
-
-def test_a_slow_start_is_a_warning_unless_the_session_is_interactive() -> None:
-    assert [judge_start(seconds, interactive=False).level for seconds in (60, 3600)] == ["ok", "warning"]
-    assert judge_start(3600, interactive=True).level == "ok"
-    assert "8.50 h of nine are left" in judge_start(1800, interactive=False).what
 
 
 def test_an_open_switch_is_an_error_on_the_competition_machine(mounts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kit.errors import ConfigError, DataError
-from kit.rehearsal.doctor import Finding
+from kit.rehearsal.findings import Finding
 from kit.rehearsal.lint import CLUES, COMPUTE, EXCEPTION, NOT_FOUND, SCORING, TIMEOUT, lint, read_log
 from tests.packed import write_rows
 
@@ -106,7 +106,7 @@ def test_every_kind_of_fault_is_named_once_with_its_first_row_and_its_number(tmp
 
 
 def test_many_kinds_of_faults_are_counted_not_listed(tmp_path: Path) -> None:
-    for rows, words in ((40, "35 more kinds"), (400, "45 or more kinds")):
+    for rows, words in ((40, "35 more kinds"), (400, "395 more kinds")):
         found = errors(lint(submit(tmp_path, [(str(row), f"0.{row}1") for row in range(rows)])))
         assert len(found) == 6 and words in found[-1].what
 
@@ -161,6 +161,11 @@ def test_a_saved_row_index_is_recognised(tmp_path: Path, name: str) -> None:
 def test_columns_are_those_of_the_sample_submission(tmp_path: Path) -> None:
     sample = write_rows(tmp_path / "sample.csv", [("prediction", "id"), *((text, id_) for id_, text in GOOD)])
     the_only_fault(lint(submit(tmp_path, GOOD), sample=sample), SCORING, "order differs", level="warning")
+
+
+def test_a_sample_submission_of_another_task_is_told(tmp_path: Path) -> None:
+    sample = write_rows(tmp_path / "sample.csv", [("id", "score"), *GOOD])
+    the_only_fault(lint(submit(tmp_path, GOOD, ("id", "score")), sample=sample), SCORING, "submission.csv: column 'prediction' is missing")
 
 
 @pytest.mark.parametrize(

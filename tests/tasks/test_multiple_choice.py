@@ -362,6 +362,23 @@ def test_parse_names_the_row_that_is_wrong() -> None:
         TASK.parse(submission("A", "B"), answers("A", "b", options="AB"))
 
 
+def test_check_finds_every_faulty_prediction_without_knowing_the_answers() -> None:
+    predicted = submission("A B C", "A A", "E", "", "F", "A B C D")
+    assert [(fault.row, fault.column, fault.why) for fault in TASK.check(predicted, None)] == [
+        (1, "prediction", "a letter is named twice"),
+        (3, "prediction", "a prediction is 1 to 3 letters separated by spaces"),
+        (4, "prediction", "'F' is no option (A to E)"),
+        (5, "prediction", "a prediction is 1 to 3 letters separated by spaces"),
+    ]
+
+
+def test_check_takes_the_options_from_the_test_set_or_else_from_the_answers() -> None:
+    test_set = table(id=["0"], prompt=["why"], **{letter: ["x"] for letter in "ABC"})
+    for known, expected in ((test_set, ["'D' is no option (A to C)"]), (None, []), (answers("G"), [])):
+        assert [fault.why for fault in TASK.check(submission("D A"), known)] == expected
+    assert TASK.check(submission("G"), answers("G")) == []
+
+
 def test_parse_needs_its_columns() -> None:
     with pytest.raises(DataError, match=r"column 'prediction' is missing \(columns: id, answer\)"):
         TASK.parse(answers("A"), answers("A"))

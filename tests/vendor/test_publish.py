@@ -443,7 +443,8 @@ def test_credentials_and_signed_addresses_reach_no_log_output_or_file(
 @pytest.mark.parametrize("missing", ["kaggle", "six"])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(missing: str, desk: Desk, tmp_path: Path) -> None:
     """In a process of its own, where the client is not imported yet: kaggle needs six without declaring it."""
-    code = f"import sys; sys.modules[{missing!r}] = None\nfrom kit.vendor.publish import DependencyError, Path, publish\nroot = Path(sys.argv[1])\n"
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom pathlib import Path; from kit.errors import DependencyError\n"
+    code += "from kit.vendor.publish import publish; root = Path(sys.argv[1])\n"
     code += "try: publish(root / 'datasets', root, kernel=None, state=root / 's', output=root)\nexcept DependencyError as error: print(error)"
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert found.startswith(f"publishing needs package '{missing}': pip install kaggle six")
