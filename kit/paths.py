@@ -47,8 +47,7 @@ def find_bundle(name_or_folder: str | Path, root: Path) -> Path:
         mounted = _mounted(root)
         if str(name_or_folder) not in mounted:
             listing = _listing(root, mounted)
-            where = f"neither a folder with a {manifest.FILE} nor mounted under {root}: attach its dataset; found {listing}"
-            raise BundleError(f"bundle {str(name_or_folder)!r} is {where}")
+            raise BundleError(f"bundle {str(name_or_folder)!r} is neither a folder with a {manifest.FILE} nor mounted under {root}: found {listing}")
         found = mounted[str(name_or_folder)]
     return manifest.read_whole(_folder(found)).root
 

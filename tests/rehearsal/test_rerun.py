@@ -9,7 +9,7 @@ import pytest
 
 import kit
 from kit import runtime
-from kit.data.tables import Table, read_table
+from kit.data.tables import read_table
 from kit.errors import DataError
 from kit.rehearsal.rerun import LONG, ODDITIES, link_files, look_alike
 from kit.sample import write_sample
