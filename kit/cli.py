@@ -130,8 +130,8 @@ def pack(
 
 @app.command(epilog="Example: kit infer artifacts/bundles/* --test artifacts/sample/test.csv --out submission.csv")
 def infer(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundle folders, or names of mounted bundles.")],
-    test: Annotated[Path, typer.Option(help="The test set.")],
+    bundles: Annotated[list[Path] | None, typer.Argument(metavar="BUNDLE...", help="Folders or names of bundles. [default: all that are mounted]")] = None,
+    test: Annotated[Path | None, typer.Option(help="The test set. [default: the mounted competition's]")] = None,
     out: Annotated[Path, typer.Option(help="The submission to write.")] = Path("submission.csv"),
     sample_submission: Annotated[Path | None, typer.Option(help="Decides the order of the rows.")] = None,
     hours: Annotated[float, typer.Option(help="Time allowed from the start of this process.")] = NINE_HOURS_S / 3600,
@@ -144,8 +144,8 @@ def infer(
     from kit.inference.pipeline import infer as infer_bundles
 
     budget = Budget(hours * 3600, reserve)
-    root = bundles[0].parent if bundles[0].is_dir() else None  # indexes lie beside the members, or are mounted
-    outcome = infer_bundles(list(bundles), test=test, out=out, sample=sample_submission, budget=budget, root=root, use_contexts=contexts)
+    root = bundles[0].parent if bundles and bundles[0].is_dir() else None  # indexes lie beside the members, or are mounted
+    outcome = infer_bundles(bundles, test=test, out=out, sample=sample_submission, budget=budget, root=root, use_contexts=contexts)
     if details:
         outcome.save(details)
     _show(outcome.summary(), as_json)

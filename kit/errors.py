@@ -36,9 +36,10 @@ class BudgetError(KitError):
 
 
 class RehearsalError(KitError):
-    """A rehearsed notebook or installation failed: names the cell or the package, and what was met."""
+    """A rehearsed notebook or installation failed: names the cell or the package, and what was met. attempts: connections refused until then."""
 
     exit_code = 1
+    attempts: tuple[str, ...] = ()
 
 
 class PublishError(KitError):

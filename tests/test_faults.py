@@ -272,7 +272,7 @@ FAULTS: dict[str, tuple[int, Build, tuple[str, ...]]] = {
     "pickle of its own kind": (2, weights("model.pkl", as_pickle), ("model.pkl", "a pickle", "save_pretrained")),
     # bundles and datasets
     "link to a secret": (2, bundle(link("artifacts/bundles/kit-wheels/notes.txt")), ("kit-wheels/notes.txt", "link that leads out", "key.txt", "remove it")),
-    "link to a key in a run": (2, bundle(link("artifacts/runs/*/fold0/config.json")), ("fold0/config.json:1", "a Kaggle key", "revoke it")),
+    "link to a key in a run": (2, bundle(link("artifacts/runs/*/fold0/config.json")), ("runs/plain-", "fold0/config.json", "link that leads out", "key.txt")),
     ".env": (2, bundle(leak(".env")), ("kit-wheels/.env", "may hold credentials", "move it out")),
     "kaggle.json": (2, bundle(leak("kaggle.json", KEY)), ("kit-wheels/kaggle.json", "may hold credentials", "move it out")),
     "key in a text": (2, bundle(leak("notes.txt", f"\n\n{KEY}")), ("kit-wheels/notes.txt:3", "a Kaggle key", "revoke it")),
@@ -330,14 +330,19 @@ def test_a_fault_is_met_with_its_exit_code_and_one_line_that_helps(
     assert not [path for path in bench.out.rglob("*") if path.is_file()]
 
 
-def test_a_connection_that_is_tried_in_secret_is_counted(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    build = cell(f"try:\n    {CONNECT}\nexcept OSError:\n    pass")
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(f"try:\n    {CONNECT}\nexcept OSError:\n    pass", "the notebook wrote no outcome.json"), (CONNECT, "Network is unreachable")],
+    ids=["in secret", "and fails"],
+)
+def test_a_connection_that_is_tried_is_counted(code: str, words: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    build = cell(code)
     shutil.copytree(bench.staged / "kit-code", bench.folder / "datasets" / "kit-code")
     verb, _, *options = build(bench)
     with pytest.raises(SystemExit) as left:
         main([str(argument) for argument in (verb, bench.folder / "datasets", *options)])
     assert left.value.code == 1
-    assert "public run: the notebook wrote no outcome.json" in complaint(capsys.readouterr().err)
+    assert words in complaint(capsys.readouterr().err)
     summary = json.loads((bench.folder / "artifacts" / "rehearsals" / "latest" / "summary.json").read_text())
     assert (summary["sockets"], summary["attempts"]) == (1, [f"public run: socket.connect {OUTSIDE}:443"])
 
@@ -381,7 +386,7 @@ def test_under_every_mount_layout_the_submission_is_the_same(
     MOUNTS[layout](sorted(bench.staged.iterdir()), bench.mounts)
     out = bench.folder / "submission.csv"
     with pytest.raises(SystemExit) as left:
-        main(["infer", *bench.members, "--test", str(bench.shop.competition / "test.csv"), "--out", str(out)])
+        main(["infer", "--test", str(bench.shop.competition / "test.csv"), "--out", str(out)])
     assert (left.value.code, capsys.readouterr().err) == (0, "")
     assert out.read_bytes() == expected
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit import runtime
-from kit.errors import ConfigError, nearest
+from kit.errors import ConfigError, RehearsalError, nearest
 from kit.rehearsal import guard
 from kit.rehearsal.limits import Limits, Watch
 from kit.rehearsal.notebook import KERNEL, execute
@@ -66,9 +66,12 @@ def run(
         command = [*_launcher(level, room, environment), str(lookalike.python), *KERNEL]
         try:
             done = execute(notebook, room.working, command, sockets=room.sockets, watch=watch, environment=None if LADDER[level] else environment)
+        except RehearsalError as error:
+            error.attempts = tuple(_attempts(log))
+            raise
         finally:
             _dismantle(level, room)
-    return Boxed(level, done.path, done.seconds, watch.peak_mb, log.read_text().splitlines() if log.is_file() else [])
+    return Boxed(level, done.path, done.seconds, watch.peak_mb, _attempts(log))
 
 
 def available_levels() -> dict[str, str]:
@@ -214,6 +217,10 @@ def _post_guard(site: Path, read_only: list[str]) -> Path:
     (site / guard.MOUNTS).write_text("\n".join(read_only))
     (site / guard.LOG).unlink(missing_ok=True)
     return site / guard.LOG
+
+
+def _attempts(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.is_file() else []
 
 
 def _usable(level: str | None) -> str:

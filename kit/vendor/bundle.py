@@ -59,10 +59,12 @@ def _licence(recipe: Recipe, bundles: Path) -> dict[str, str]:
 
 
 def _copy(root: Path, files: Iterable[Path], folder: Path, *, kind: str, **meta: object) -> Path:
-    """Copy files to the same places below `folder`, by way of a temporary folder, and write the manifest."""
+    """Copy files to the same places below `folder`, by way of a temporary folder, and write the manifest. Raises BundleError for a link that leads out."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     for path in files:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise BundleError(f"{path}: a link that leads out of its folder, to {path.resolve()}: replace it by a file that may be uploaded")
         target = part / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

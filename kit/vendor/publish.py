@@ -101,7 +101,7 @@ def publish(
     plan = [Dataset.read(path.parent) for path in sorted(datasets.glob(f"*/{manifest.FILE}"))]
     notebook = Notebook.read(kernels, kernel) if kernel else None
     if not plan and notebook is None:
-        raise ConfigError(f"{datasets}: no staged dataset (a folder with {manifest.FILE}): stage the bundles first")
+        raise ConfigError(f"{datasets}: no staged dataset (a folder with {manifest.FILE}): run `kit vendor bundle` first")
     target = _competition(competition, notebook, follow) if submit else None
     record = Record(state)
     if dry_run:
