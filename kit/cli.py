@@ -262,7 +262,7 @@ def bundle(
 @app.command(epilog="Example: kit rehearse --competition llm-science")
 def rehearse(
     datasets: Annotated[Path | None, typer.Argument(help="Staged datasets. [default: ARTIFACTS/datasets, or where there are none the sample's]")] = None,
-    competition: Annotated[Path | None, typer.Option(help="The competition's folder, with test.csv. [default: the sample's]")] = None,
+    competition: Annotated[Path | None, typer.Option(help="The competition's folder, with test.csv. [default: what a member was trained on]")] = None,
     notebook: Annotated[Path, typer.Option(help="What is to be submitted.")] = Path("notebooks/infer.ipynb"),
     profile_name: ProfileName = _IMAGE,
     rows: Annotated[int, typer.Option(help="Rows of the hidden test set's look-alike.")] = 2400,
