@@ -70,7 +70,7 @@ def test_free_memory_works_without_a_gpu() -> None:
 
 def in_new_process(code: str, **variables: str) -> object:
     """What a fresh interpreter prints as JSON for `code`."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("KIT_", "KAGGLE_", "HF_", "TRANSFORMERS_"))}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("KIT_", "KAGGLE_", "HF_", "TRANSFORMERS_", "TOKENIZERS_"))}
     done = subprocess.run([sys.executable, "-c", code], env={**clean, **variables}, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
