@@ -326,6 +326,14 @@ def test_no_members_is_an_error_that_says_so(shop: Workshop, tmp_path: Path) -> 
             infer(bundles, test=shop.competition / "test.csv", out=tmp_path / "submission.csv", root=shop.bundles)
 
 
+def test_a_bundle_that_is_named_twice_is_one_member(shop: Workshop, tmp_path: Path) -> None:
+    """As when every part of a divided bundle is named: each of them leads to the whole."""
+    once, twice = (run(shop, tmp_path / str(count), *["plain"] * count) for count in (1, 2))
+    assert twice.weights == once.weights
+    assert twice.scored == once.scored
+    assert twice.submission.read_bytes() == once.submission.read_bytes()
+
+
 def test_a_wrong_test_set_is_refused(shop: Workshop, tmp_path: Path) -> None:
     test = changed_test(shop, tmp_path, lambda frame: frame.drop(columns="prompt"))
     with pytest.raises(DataError, match="column 'prompt' is missing"):
