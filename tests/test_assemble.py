@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,16 @@ def test_a_created_model_is_saved_and_loaded_with_its_tokens(competition: Path, 
     loaded = assemble.load_model(recipe, task, tmp_path / "fold0")
     with torch.inference_mode():
         assert torch.equal(loaded.eval()(batch), model.eval()(batch))
+
+
+def test_a_source_may_be_a_bundle_of_the_artifacts_folder(competition: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(competition / "encoder", tmp_path / "bundles" / "my-model")
+    manifest.write(weights, "my-model", "weights")
+    recipe = tiny.recipe(competition, "model.source=bundle:my-model")
+    assert assemble.backbone(recipe, tmp_path / "unused", competition, [], bundles=tmp_path / "bundles") == weights
+    dense = ["retrieve.corpus=passages.csv", "retrieve.retriever.kind=dense", "retrieve.retriever.model=bundle:no-such"]
+    with pytest.raises(BundleError, match="'no-such' is neither .*found bundles .my-model."):
+        assemble.build_index(tiny.recipe(competition, *dense), tmp_path)
 
 
 def test_a_source_that_is_nowhere_is_named(competition: Path, tmp_path: Path) -> None:

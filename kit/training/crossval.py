@@ -224,7 +224,7 @@ def _backbone(recipe: Recipe, examples: Examples, artifacts: Path) -> Path:
     every = [*examples.own, *examples.extra]
     name = assemble.digest([recipe.model.model_dump(mode="json"), recipe.train.seeds[0], examples.digest])
     texts = [f"{getattr(example, 'context', '')} {query}" for example, query in zip(every, task.queries(every, "prompt_options"), strict=True)]
-    return assemble.backbone(recipe, artifacts / "backbones" / name, Path(recipe.data.folder), texts)
+    return assemble.backbone(recipe, artifacts / "backbones" / name, Path(recipe.data.folder), texts, bundles=artifacts / "bundles")
 
 
 def _weights_digest(source: Path) -> str:

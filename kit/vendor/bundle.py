@@ -22,15 +22,16 @@ def pack(runs: Iterable[Path], *, artifacts: Path = Path("artifacts"), out: Path
     out: where they go, by default `bundles` below `artifacts`.
     """
     out = out or artifacts / "bundles"
-    members = [pack_run(Path(run), out) for run in runs]
+    members = [pack_run(Path(run), out, bundles=artifacts / "bundles") for run in runs]
     indexes = sorted({index for member in members if (index := manifest.read(member).meta["index"])})
     return [*members, *(pack_index(artifacts / "index" / index, out) for index in indexes)]
 
 
-def pack_run(run: Path, out: Path) -> Path:
+def pack_run(run: Path, out: Path, *, bundles: Path) -> Path:
     """The member bundle of a run: its finished fits, OOF and recipe, and in the manifest the name of the index it uses.
 
-    Raises BundleError where the run has no finished fit or no OOF predictions yet.
+    bundles: where the weights it started from were packed, if its recipe names them as bundle:NAME. Raises BundleError where the run has no
+    finished fit or no OOF predictions yet.
     """
     fits = sorted(path.parent.name for path in run.glob("*/metrics.json"))
     if not fits:
@@ -41,7 +42,7 @@ def pack_run(run: Path, out: Path) -> Path:
     index = json.loads((run / "inputs.json").read_text())["index"]
     files = [path for name in _RUN_FILES for path in run.glob(name)]
     files += [path for fit in fits for name in _FIT_FILES for path in sorted((run / fit).glob(name))]
-    meta = {"recipe": recipe.name, "task": recipe.task.kind, "fits": fits, "index": index, **_licence(recipe, out)}
+    meta = {"recipe": recipe.name, "task": recipe.task.kind, "fits": fits, "index": index, **_licence(recipe, bundles)}
     return _copy(run, files, out / manifest.slug(run.name), kind="member", **meta)
 
 

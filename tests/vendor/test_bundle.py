@@ -78,7 +78,7 @@ def test_packing_again_replaces_the_old_bundle(own: Workshop) -> None:
     (bundle / "left-over.txt").write_text("old")
     (own.bundles / f".{run.name}.part").mkdir()
     (own.bundles / f".{run.name}.part" / "of-a-killed-pack").write_text("x")
-    assert pack_run(run, own.bundles) == bundle
+    assert pack_run(run, own.bundles, bundles=own.bundles) == bundle
     assert manifest.verify(bundle).digest == before
     assert not (bundle / "left-over.txt").exists()
     assert not (bundle / "of-a-killed-pack").exists()
@@ -89,20 +89,20 @@ def test_only_finished_fits_are_packed(own: Workshop) -> None:
     shutil.copytree(run / "fold1", run / "full")
     shutil.copytree(run / "fold1", run / "fold2")
     (run / "fold2" / "metrics.json").unlink()
-    assert manifest.read(pack_run(run, own.bundles)).meta["fits"] == ["fold0", "fold1", "full"]
+    assert manifest.read(pack_run(run, own.bundles, bundles=own.bundles)).meta["fits"] == ["fold0", "fold1", "full"]
 
 
 def test_a_run_without_oof_or_without_fits_is_refused(own: Workshop) -> None:
     run = own.runs["plain"]
     (run / "oof.parquet").unlink()
     with pytest.raises(BundleError, match=rf"{run.name}: no oof.parquet, .*: train every fold first"):
-        pack_run(run, own.bundles)
+        pack_run(run, own.bundles, bundles=own.bundles)
     for fold in ("fold0", "fold1"):
         (run / fold / "metrics.json").unlink()
     with pytest.raises(BundleError, match=rf"{run.name}: no finished fit .*: run `kit train` first"):
-        pack_run(run, own.bundles)
+        pack_run(run, own.bundles, bundles=own.bundles)
     with pytest.raises(BundleError, match="no-such: no finished fit"):
-        pack_run(own.root / "no-such", own.bundles)
+        pack_run(own.root / "no-such", own.bundles, bundles=own.bundles)
 
 
 def test_an_index_that_is_not_whole_is_refused(own: Workshop, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_an_index_that_is_not_whole_is_refused(own: Workshop, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("licence", ["cc-by-nc-4.0", None])
-def test_a_member_carries_the_licence_of_the_weights_bundle_it_was_trained_from(own: Workshop, licence: str | None) -> None:
+def test_a_member_carries_the_licence_of_the_weights_bundle_it_was_trained_from(own: Workshop, tmp_path: Path, licence: str | None) -> None:
     weights = own.bundles / "my-weights"
     weights.mkdir()
     (weights / "config.json").write_text("{}")
@@ -122,7 +122,8 @@ def test_a_member_carries_the_licence_of_the_weights_bundle_it_was_trained_from(
     run = own.runs["plain"]
     recipe = (run / "recipe.toml").read_text(encoding="utf-8")
     (run / "recipe.toml").write_text(recipe.replace('source = "scratch"', 'source = "bundle:my-weights"'), encoding="utf-8")
-    assert manifest.read(pack_run(run, own.bundles)).meta.get("licence") == licence
+    (packed_elsewhere,) = pack([run], artifacts=own.artifacts, out=tmp_path / "elsewhere")
+    assert manifest.read(packed_elsewhere).meta.get("licence") == licence
 
 
 def test_a_packed_bundle_that_is_damaged_is_named(own: Workshop) -> None:
