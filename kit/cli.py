@@ -137,17 +137,22 @@ def infer(
     hours: Annotated[float, typer.Option(help="Time allowed from the start of this process.")] = NINE_HOURS_S / 3600,
     reserve: Annotated[float | None, typer.Option(help="Seconds kept back at the end. [default: 3 %, at least 60]")] = None,
     contexts: Annotated[bool, typer.Option(help="Retrieve contexts; without, to see what they are worth.")] = True,
-    details: Annotated[Path | None, typer.Option(help="Folder for outcome.json and each member's predictions.")] = None,
+    blend: Annotated[str, typer.Option(help="How members are pooled: auto, pool, hill or ranker.")] = "auto",
+    patience: Annotated[float, typer.Option(help="Seconds without a sign of life after which a scoring process hangs.")] = 60,
     as_json: AsJson = False,
 ) -> None:
-    """Score a test set with packed members inside the time allowed, and write the submission."""
+    """Score a test set with packed members inside the time allowed, and write the submission.
+
+    Interrupted or killed, the same command goes on: what was scored is kept in the folder OUT.run, with timeline.png and decisions.log.
+    """
     from kit.inference.pipeline import infer as infer_bundles
 
     budget = Budget(hours * 3600, reserve)
     root = bundles[0].parent if bundles and bundles[0].is_dir() else None  # indexes lie beside the members, or are mounted
-    outcome = infer_bundles(bundles, test=test, out=out, sample=sample_submission, budget=budget, root=root, use_contexts=contexts)
-    if details:
-        outcome.save(details)
+    outcome = infer_bundles(
+        bundles, test=test, out=out, sample=sample_submission, budget=budget, root=root, use_contexts=contexts, method=blend, patience_s=patience
+    )  # fmt: skip
+    _draw_timeline(outcome.run)
     _show(outcome.summary(), as_json)
     for member, reason in outcome.failures.items():
         print(f"warning: member {member}: {reason}", file=sys.stderr)
@@ -399,6 +404,16 @@ def _numbers(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"--folds {text!r}: give fold numbers separated by commas, e.g. 0,2") from None
+
+
+def _draw_timeline(run: Path) -> None:
+    """The picture of a run, where it can be drawn: it must not cost the run."""
+    from kit.report.plots import draw_timeline
+
+    try:
+        draw_timeline(run)
+    except (KitError, OSError) as error:
+        print(f"warning: no timeline.png: {error}", file=sys.stderr)
 
 
 def _show_findings(findings: Findings, as_json: bool) -> None:

@@ -188,3 +188,19 @@ def clean_environment(*, network: bool = False) -> dict[str, str]:
 def gpu_choice() -> dict[str, str]:
     """The variable that says which of this machine's GPUs may be used, if it is set."""
     return {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
+
+
+_QUIET = {  # of a process that forks: importing starts no thread and no CUDA. Set only where the user has not chosen
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's and scipy's: nothing here spends its time there; torch has threads of its own
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+
+
+def worker_environment(device: str) -> dict[str, str]:
+    """The environment of a scoring process on `device` ("cpu", "cuda:0", …; "auto": as here): as here, offline, importing from where this one does."""
+    path = os.pathsep.join(place or os.getcwd() for place in sys.path)
+    kind, _, number = device.partition(":")
+    places = {"cpu": {"CUDA_VISIBLE_DEVICES": ""}, "cuda": {"LOCAL_RANK": number or "0"}}
+    return _QUIET | dict(os.environ) | _OFFLINE | {"PYTHONPATH": path} | places.get(kind, {})

@@ -6,6 +6,8 @@ A new entry of a registry is picked up by itself; tests/tiny.py then needs an ex
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from kit.retrieval.corpus import Corpus
 from kit.tasks import TASKS, Feature, Task, Tokens
 from tests import tiny
 
+ROOT = Path(__file__).parents[1]
 N = 5
 NEEDS = {"row", "token", "next_token", "all_tokens"}
 
@@ -318,6 +321,111 @@ def test_queries_and_augmented_examples_are_as_many_as_the_examples(task_kind: s
     assert [one.id for one in augmented] == [one.id for one in examples] and repr(examples) == before
     again = task.augment(examples, np.random.default_rng(0))
     assert list(augmented) == list(again)
+
+
+def tried(task_kind: str) -> tuple[Task, list[Any]]:
+    sample = example(tiny.TASKS, task_kind, "TASKS")
+    return entry(TASKS, task_kind)(**sample.options), sample.examples(N)
+
+
+@pytest.mark.parametrize("task_kind", sorted(TASKS))
+def test_the_mean_merit_is_the_first_metric(task_kind: str) -> None:
+    task, examples = tried(task_kind)
+    prediction = np.random.default_rng(0).random((N, task.width(examples)), np.float32)
+    prediction[1] = np.nan
+    merit = task.merit(prediction, task.targets(examples))
+    assert merit.shape == (N,) and merit.dtype == np.float64
+    assert merit.mean() == pytest.approx(next(iter(task.metrics.values()))(prediction, task.targets(examples)), abs=1e-12)
+    assert len({*merit.tolist()}) > 1
+
+
+@pytest.mark.parametrize("task_kind", sorted(TASKS))
+def test_doubt_is_smallest_for_a_sure_row_and_largest_for_one_that_says_nothing(task_kind: str) -> None:
+    task, examples = tried(task_kind)
+    width = task.width(examples)
+    rng = np.random.default_rng(0)
+    sure, even = np.eye(width, dtype=np.float32), np.full((1, width), 1 / width, np.float32)
+    others = rng.dirichlet(np.ones(width), 20).astype(np.float32)
+    missing = others[:2] * np.array([[np.nan], [np.inf]], np.float32)
+    doubt = task.doubt(np.concatenate([sure, even, others, missing]))
+    assert doubt.shape == (width + 23,) and doubt.dtype == np.float64 and np.isfinite(doubt).all()
+    assert doubt[:width] == pytest.approx([doubt[0]] * width) and doubt[-2:] == pytest.approx([doubt[width]] * 2)
+    assert (doubt[0] < doubt[width + 1 : -2]).all() and (doubt[width + 1 : -2] < doubt[width]).all()
+    assert task.doubt(even[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("task_kind", sorted(TASKS))
+def test_sizes_grow_with_the_context_up_to_what_the_task_allows(task_kind: str) -> None:
+    task, examples = tried(task_kind)
+    sizes = [task.sizes(examples, np.full(N, chars)) for chars in (0, 40, 10**4, 10**8)]
+    for size in (task.sizes(examples), *sizes):
+        assert size.shape == (N,) and size.dtype == np.float64 and (size > 0).all()
+    assert (sizes[0] < sizes[1]).all() and (sizes[1] < sizes[2]).all()
+    np.testing.assert_array_equal(sizes[2], sizes[3])
+    own = np.array([len(getattr(one, "context", "")) for one in examples])
+    np.testing.assert_array_equal(task.sizes(examples), task.sizes(examples, own))
+    assert task.sizes([]).shape == (0,)
+
+
+@pytest.mark.parametrize("task_kind", sorted(TASKS))
+def test_a_view_is_a_task_for_the_same_weights_and_costs_no_more_unless_it_is_scored_beside(task_kind: str) -> None:
+    task, examples = tried(task_kind)
+    usual = task.sizes(examples, np.full(N, 1000))
+    for name, view in task.views().items():
+        assert name.isidentifier() and name != "full"
+        assert (view.task.needs, view.task.outputs, view.task.width(examples)) == (task.needs, task.outputs, task.width(examples))
+        assert [*view.task.metrics] == [*task.metrics]
+        size = view.task.sizes(examples, np.full(N, 1000))
+        assert view.more or ((size <= usual).all() and (size < usual).any()), name
+
+
+def test_a_view_is_encoded_scored_and_decoded_as_the_task_is(made: Made) -> None:
+    for view in made.task.views().values():
+        features = view.task.encode(made.examples, made.tokens)
+        batch = view.task.collate(features, made.tokens)
+        with torch.inference_mode():
+            scores = view.task.scores(made.model.eval()(batch), batch).float().numpy()
+        prediction = view.task.decode([*scores], features, made.examples)
+        assert prediction.shape == (N, made.task.width(made.examples)) and np.isfinite(prediction).all()
+
+
+@pytest.mark.parametrize("task_kind", sorted(TASKS))
+def test_hints_have_a_number_for_every_column_of_a_prediction(task_kind: str) -> None:
+    task, examples = tried(task_kind)
+    hints = task.hints(examples)
+    assert hints and all(name.isidentifier() and not name[-1].isdigit() for name in hints)
+    for name, values in hints.items():
+        assert values.shape == (N, task.width(examples)) and values.dtype == np.float32, name
+        assert not np.isinf(values).any(), name
+    (first, *_) = hints.values()
+    assert np.isfinite(first).all() and (first.std(1) > 0).any()
+    assert {name: values.shape for name, values in task.hints([]).items()} == dict.fromkeys(hints, (0, 0))
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+import numpy as np
+from kit.data.tables import read_table
+from kit.tasks.{module} import {name}
+task = {name}(**{options})
+examples = task.read(read_table(Path(sys.argv[1])))
+prediction = np.full((len(examples), task.width(examples)), 0.5, np.float32)
+for view in (task, *(view.task for view in task.views().values())):
+    view.sizes(examples), view.merit(prediction, view.targets(examples)), view.doubt(prediction), view.hints(examples)
+    view.rows(prediction, examples), view.decode([], [], examples), view.metrics, view.queries(examples, "prompt")
+print(len(examples), sorted({{"torch", "transformers"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("task_kind", sorted(TASKS))
+def test_what_scores_nothing_needs_no_torch(task_kind: str, tmp_path: Path) -> None:
+    sample = example(tiny.TASKS, task_kind, "TASKS")
+    path = sample.write(tmp_path / "table.csv", sample.examples(N))
+    module, name = TASKS[task_kind].removeprefix("kit.tasks.").split(":")
+    code = WITHOUT_TORCH.format(module=module, name=name, options=sample.options)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == (f"{N} []\n", "")
 
 
 # retrievers (tests/retrieval/test_contract.py looks closer)

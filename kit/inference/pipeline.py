@@ -1,96 +1,54 @@
-"""Bundles and a test set → submission.csv, inside the budget and without network. Knows no name of a task or a model.
+"""Bundles and a test set → submission.csv, inside the budget and without network. Knows no name of a task or a model, and imports no torch.
 
-The file is valid from the first seconds on and better after every fit: fallback order, then the pool of all that is scored so far.
+The file is valid from the first seconds on and gets better after every chunk: fallback order, then what retrieval alone says, then the blend of all that
+is scored so far. What is scored is kept in a run folder, so that a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
-from kit import assemble, manifest, paths, runtime
+from kit import __version__, assemble, manifest, paths, runtime
 from kit.budget import Budget
-from kit.config import Recipe
 from kit.data.tables import read_table
 from kit.errors import BundleError, DataError, KitError
-from kit.inference.blend import fit_weights, pool
+from kit.inference import cost
+from kit.inference.crew import Processes
+from kit.inference.dispatch import PATIENCE_S, Dispatch, Settings
+from kit.inference.member import Member, Weighed, weigh
+from kit.inference.planner import Pass, Planner, Player
+from kit.inference.scores import Scores
 from kit.inference.submission import Submission
-from kit.metrics import bootstrap
-from kit.predict import stream
-from kit.tasks import Task
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Member:
-    """One member bundle: a recipe and its trained fits."""
-
-    folder: Path
-    name: str
-    recipe: Recipe
-    fits: tuple[str, ...]
-    index: str | None
-
-    @classmethod
-    def open(cls, bundle: manifest.Manifest) -> Member:
-        """The member of a verified bundle."""
-        recipe = Recipe.load(bundle.root / "recipe.toml")
-        return cls(bundle.root, bundle.name, recipe, tuple(bundle.meta["fits"]), bundle.meta["index"])
-
-    @cached_property
-    def task(self) -> Task:
-        """The member's task."""
-        return assemble.make_task(self.recipe)
-
-    @cached_property
-    def oof(self) -> pd.DataFrame:
-        """OOF predictions p0 … and targets t0 …, by id."""
-        return pd.read_parquet(self.folder / "oof.parquet").set_index("id")
-
-    @property
-    def bytes(self) -> int:
-        """Size of its weights: what stands for its cost before any is measured."""
-        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
-
-
-@dataclass
-class Progress:
-    """What a member has given so far: sums over fits of its predictions (N, C), and how many fits scored each row."""
-
-    total: np.ndarray
-    count: np.ndarray
-    failure: str | None = None
-
-    @property
-    def prediction(self) -> np.ndarray:
-        """Mean over fits (N, C); NaN where no fit scored the row."""
-        with np.errstate(invalid="ignore"):
-            return (self.total / self.count[:, None]).astype(np.float32)
-
-    def add(self, prediction: np.ndarray) -> None:
-        """Add one fit's predictions (N, C); rows that are not finite (not scored, or overflowed) are left out."""
-        good = np.isfinite(prediction).all(-1)
-        self.total[good] += prediction[good]
-        self.count[good] += 1
+_SCORES = "scores"
+_WRITE_SHARE = 0.02  # of the time may go into rewriting files
+_WRITE_S = 1.0  # seconds between two rewritings, at least
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """finished: every fit of every member scored every row. weights and rows (scored) by member. failures: member → reason."""
+    """finished: every fit that the blend uses scored every row, and nothing failed. weights and rows (scored) by member. failures: member → reason.
+
+    expected: the metric that OOF lets expect. run: the folder with the state, timeline.json and decisions.log.
+    """
 
     submission: Path
+    run: Path
     rows: int
     finished: bool
+    expected: float
     weights: dict[str, float]
     scored: dict[str, int]
     failures: dict[str, str]
@@ -100,7 +58,8 @@ class Outcome:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the predictions, as JSON values."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "predictions"} | {"submission": str(self.submission)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "predictions"}
+        return values | {"submission": str(self.submission), "run": str(self.run)}
 
     def save(self, folder: Path) -> None:
         """Write outcome.json, and each member's predictions (N, C), rows as in the test set, into predictions.npz."""
@@ -117,13 +76,19 @@ def infer(
     budget: Budget | None = None,
     root: Path | None = None,
     use_contexts: bool = True,
+    method: str = "auto",
+    devices: Sequence[str] | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> Outcome:
     """Score a test set with the member bundles named (folders, or names mounted below `root`) and write the submission.
 
     Without `bundles`, every member bundle below `root` is used; without `test`, the competition's test.csv found there and the
-    sample submission beside it. Index bundles are found by the name their member gives. A member that fails is left out, and named in the outcome. Raises DataError
-    for a wrong test set and BundleError for a damaged bundle, both after the fallback submission is written where that is possible.
-    use_contexts = False scores without retrieval, to see what it is worth.
+    sample submission beside it. Index bundles are found by the name their member gives. Whatever a member dies of, the others go on, and the outcome
+    names it. State and log go to `<out>.run` beside the submission; the same call continues there. Raises DataError for a wrong test set and
+    BundleError if no member can be used, both after the fallback submission is written where that is possible.
+
+    use_contexts = False scores without retrieval, to see what it is worth. method: of the blend, as in kit.inference.blend. devices: one slot for each
+    (None: all GPUs, or the CPU). patience_s: a scoring process that gives no sign of life for so long hangs.
     """
     root = root or runtime.input_root()
     if test is None:
@@ -131,7 +96,8 @@ def infer(
         test, sample = folder / "test.csv", sample or _fitting_sample(folder)
     if bundles is None:
         bundles = [folder for _, folder in sorted(paths.find_bundles(root).items()) if manifest.read(folder).kind == "member"]
-    return _Inference(bundles, Path(test), Path(out), sample, budget or Budget(), root, use_contexts).run()
+    options = _Options(bundles, Path(test), Path(out), sample, root, use_contexts, method, devices, patience_s)
+    return _Inference(options, budget or Budget()).run()
 
 
 def _fitting_sample(folder: Path) -> Path | None:
@@ -148,153 +114,269 @@ def _fitting_sample(folder: Path) -> Path | None:
     return None
 
 
-def weigh(members: Sequence[Member]) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
-    """Pool weights (M,) from the OOF rows that all members share, and the first metric of each member and of the pool on them."""
-    shared = members[0].oof.index
-    for member in members[1:]:
-        shared = shared.intersection(member.oof.index, sort=False)
-    if not len(shared):
-        raise BundleError(f"the members {', '.join(member.name for member in members)} have no OOF row in common: train them on one table")
-    frames = [member.oof.loc[shared] for member in members]
-    predictions = [frame.filter(regex=r"^p\d+$").to_numpy(np.float32) for frame in frames]
-    targets = frames[0]["t0"].to_numpy()
-    weights = fit_weights(predictions, targets)
-    name, metric = next(iter(members[0].task.metrics.items()))
-    each = {member.name: prediction for member, prediction in zip(members, predictions, strict=True)}
-    estimates = {who: bootstrap(metric, values, targets) for who, values in {**each, "blend": pool(predictions, weights)}.items()}
-    return weights, {who: {name: estimate.value, "se": estimate.se} for who, estimate in estimates.items()}
-
-
-@dataclass
-class _Inference:
+@dataclass(frozen=True)
+class _Options:
     bundles: Sequence[str | Path]
     test: Path
     out: Path
     sample: Path | None
-    budget: Budget
     root: Path
     use_contexts: bool
-    contexts: dict[str, Sequence[Any]] = field(default_factory=dict)
-    retrieval_failures: dict[str, str] = field(default_factory=dict)
+    method: str
+    devices: Sequence[str] | None
+    patience_s: float
+
+
+@dataclass
+class _Inference:
+    """One run. It is the listener of its dispatch: keeps scores, and rewrites the submission."""
+
+    options: _Options
+    budget: Budget
+    failures: dict[str, str] = field(default_factory=dict)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    metric: list[dict[str, float]] = field(default_factory=list)
 
     def run(self) -> Outcome:
         with self.budget.measure("fallback"):
-            folders, self.members, refused = self._open()
-            self.examples = self.members[0].task.read(read_table(self.test))
-            self.submission = Submission.open(self.out, self.members[0].task, self.examples, self.sample)
+            members = self._open()
+            self.task = members[0].task
+            self.submission = Submission.open(self.options.out, self.task, read_table(self.options.test), self.options.sample)
+            self.examples = self.submission.examples
             self.submission.write()
-        if refused:
-            raise refused
-        with self.budget.measure("verify"):
-            self.indexes = {name: paths.find_bundle(name, self._index_root(folders)) for name in sorted({m.index for m in self.members if m.index})}
-            for folder in (*folders, *self.indexes.values()):
-                manifest.verify(folder)
-            self.weights, oof = weigh(self.members)
-        shape = (len(self.examples), self.members[0].task.width(self.examples))
-        self.progress = {member.name: Progress(np.zeros(shape), np.zeros(shape[0])) for member in self.members}
-        for member in self.members:
-            self._run_member(member)
-        return self._outcome(oof)
+        self._make_folder(members)
+        crew = Processes.open(self.folder, devices=self.options.devices)  # it begins to import what scoring needs
+        try:
+            with self.budget.measure("verify"):
+                self.members, indexes = self._verify(members)
+            with self.budget.measure("blend"):
+                self.weighed = self._weigh()
+            self._write_setup(indexes)
+            self.planner = self._planner(crew.slots)
+            self._resume()
+            settings = {member.name: Settings(member.recipe.infer.batch_tokens, member.recipe.infer.precision) for member in self.members}
+            self.dispatch = Dispatch(self.planner, crew, self.budget, settings, self, self.options.patience_s)
+            with self._bar() as self.bar:
+                self.dispatch.run()
+        finally:
+            crew.close()
+        self._rewrite(last=True)
+        outcome = self._outcome()
+        self._try_to(lambda: outcome.save(self.folder))
+        return outcome
 
-    def _open(self) -> tuple[list[Path], list[Member], KitError | None]:
-        """Folders of all bundles, the members among them, the cheapest first, and why one could not be opened (kept until the fallback is written)."""
-        folders, members, refused = [], [], None
-        for bundle in self.bundles:
+    # --- before anything is scored -----------------------------------------------------------------------------------------------
+
+    def _open(self) -> list[Member]:
+        """The members that can be read, the smallest first; why the others cannot goes into the failures. Raises where there is none."""
+        members: dict[Path, Member] = {}
+        refused: KitError | None = None
+        for bundle in self.options.bundles:
             try:
-                folder = paths.find_bundle(bundle, self.root)
-                if folder in folders:  # another part of the same bundle
-                    continue
-                folders.append(folder)
-                if manifest.read(folder).kind == "member":
-                    members.append(Member.open(manifest.read(folder)))
-                    assert members[-1].task
+                folder = paths.find_bundle(bundle, self.options.root)
+                if folder not in members and manifest.read(folder).kind == "member":
+                    member = Member.open(manifest.read(folder))
+                    assert member.task, "a member has a task"
+                    members[folder] = member
             except KitError as error:
                 refused = refused or error
+                self.failures[Path(bundle).name] = str(error)
         if not members:
-            named = ", ".join(map(str, self.bundles))
-            raise refused or BundleError(f"no member bundle among [{named}] (mounted below {self.root}): pack a trained run, and attach it")
-        return folders, sorted(members, key=lambda member: member.bytes), refused
+            named = ", ".join(map(str, self.options.bundles))
+            raise refused or BundleError(f"no member bundle among [{named}] (mounted below {self.options.root}): pack a trained run, and attach it")
+        return sorted(members.values(), key=lambda member: member.bytes)
 
-    def _index_root(self, folders: list[Path]) -> Path:
-        """Where index bundles are looked for: below the mounts, or beside the members where there are none."""
-        return self.root if self.root.is_dir() else folders[0].parent
-
-    def _run_member(self, member: Member) -> None:
-        """Score every fit of one member while time lasts, rewriting the submission after each; a failure costs this member's rest alone."""
-        mine = self.progress[member.name]
-        examples = self._with_contexts(member)
-        try:
-            with self.budget.measure(member.name):
-                for fit in member.fits:
-                    if self.budget.remaining() <= 0:
-                        mine.failure = f"no time left before {fit}"
-                        break
-                    self._run_fit(member, fit, examples)
-        except Exception as error:  # whatever a member dies of, the run goes on with the others
-            log.exception("member %s failed", member.name)
-            mine.failure = _reason(error)
-
-    def _with_contexts(self, member: Member) -> Sequence[Any]:
-        """The examples with the contexts this member was trained with; members with equal settings share them.
-
-        Where retrieval fails they stay without: a weaker score is better than none, and the failure is said.
-        """
-        settings = member.recipe.retrieve
-        if settings is None or member.index is None or not self.use_contexts:
-            return self.examples
-        key = assemble.digest([member.index, settings.model_dump(mode="json")])
-        if key not in self.contexts:
-            self.contexts[key] = self.examples
+    def _verify(self, members: Sequence[Member]) -> tuple[list[Member], dict[str, Path]]:
+        """The members whose files are as they were packed, and the folders of their indexes, by key. Raises BundleError where no member is left."""
+        good, indexes, refused = [], {}, None
+        for member in members:
             try:
-                with self.budget.measure("retrieval"):
-                    library = assemble.Library.open(self.indexes[member.index])
-                    self.contexts[key] = assemble.add_contexts(self.examples, member.task, settings, library)
-            except Exception as error:
-                log.exception("retrieval failed")
-                self.retrieval_failures[key] = f"scored without contexts, because retrieval failed: {_reason(error)}"
-        self.progress[member.name].failure = self.retrieval_failures.get(key)
-        return self.contexts[key]
+                manifest.verify(member.folder)
+                assert len(member.oof), "a member has OOF predictions"
+                good.append(member)
+            except (KitError, OSError) as error:
+                refused = refused or error
+                self.failures[member.name] = str(error)
+        if refused and not good:
+            raise refused
+        for key, index in {member.key: member.index for member in good if member.key and member.index}.items():
+            try:
+                indexes[key] = paths.find_bundle(index, self._index_root(good))
+                manifest.verify(indexes[key])
+            except (KitError, OSError) as error:
+                indexes.pop(key, None)
+                self.failures |= {member.name: f"scored without contexts: {error}" for member in good if member.key == key}
+        return good, indexes
 
-    def _run_fit(self, member: Member, fit: str, examples: Sequence[Any]) -> None:
-        """Score the examples with one fit, as far as time and memory reach, and rewrite the submission with what was scored."""
-        folder, task, mine = member.folder / fit, member.task, self.progress[member.name]
-        tokens = assemble.load_tokens(member.recipe, folder)
-        model = assemble.load_model(member.recipe, task, folder)
-        features = task.encode(examples, tokens)
-        chosen = runtime.choose(member.recipe.infer.precision)
-        batches = stream(model, task, features, tokens, runtime=chosen, batch_tokens=member.recipe.infer.batch_tokens)
-        scored: dict[int, np.ndarray] = {}
+    def _index_root(self, members: Sequence[Member]) -> Path:
+        """Where index bundles are looked for: below the mounts, or beside the members where there are none."""
+        return self.options.root if self.options.root.is_dir() else members[0].folder.parent
+
+    def _weigh(self) -> Weighed:
+        """The blend of the members; of the best of them alone where they have no OOF row in common."""
         try:
-            with tqdm(total=len(features), desc=f"{member.name} {fit}", unit="row", disable=None, leave=False) as bar:
-                for indices, scores in batches:
-                    scored.update(zip(indices, scores, strict=True))
-                    bar.update(len(indices))
-                    if self.budget.remaining() <= 0 and len(scored) < len(features):
-                        mine.failure = f"no time left in {fit} after {len(scored)} of {len(features)} rows"
-                        break
-        finally:
-            mine.add(task.decode(list(scored.values()), [features[index] for index in scored], examples))
-            self._rewrite()
-            del model, batches
-            runtime.free_memory()
+            return weigh(self.members, self.options.method)
+        except BundleError as error:
+            alone = max(self.members, key=lambda member: weigh([member]).oof["blend"][next(iter(member.task.metrics))])
+            self.failures |= {member.name: str(error) for member in self.members if member is not alone}
+            self.members = [alone]
+            return weigh(self.members)
 
-    def _rewrite(self) -> None:
-        if any(mine.count.any() for mine in self.progress.values()):
-            self.submission.write(pool([self.progress[member.name].prediction for member in self.members], self.weights))
+    def _make_folder(self, members: Sequence[Member]) -> None:
+        """The run folder, empty unless it is that of the same test set, members and kit."""
+        self.folder = self.options.out.with_suffix(".run").absolute()
+        state = [__version__, manifest.sha256(self.options.test), self.options.use_contexts, [[member.name, member.digest] for member in members]]
+        self.state = assemble.digest(state)
+        if self._old_setup().get("state") != self.state:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
 
-    def _outcome(self, oof: dict[str, dict[str, float]]) -> Outcome:
+    def _old_setup(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / "setup.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def _write_setup(self, indexes: Mapping[str, Path]) -> None:
+        """What scoring processes must know; scores that were made with other contexts are dropped."""
+        self.keys = {member.name: member.key if self.options.use_contexts and member.key in indexes else None for member in self.members}
+        settings = {member.key: member.recipe.retrieve.model_dump(mode="json") for member in self.members if member.key and member.recipe.retrieve}
+        setup = {
+            "state": self.state,
+            "test": str(self.options.test.absolute()),
+            "task": self.members[0].recipe.task.model_dump(mode="json"),
+            "members": {member.name: {"folder": str(member.folder.absolute()), "key": self.keys[member.name]} for member in self.members},
+            "contexts": {key: {"index": str(index.absolute()), "settings": settings[key]} for key, index in indexes.items()},
+        }
+        if self._old_setup().get("members", setup["members"]) != setup["members"]:
+            shutil.rmtree(self.folder / _SCORES, ignore_errors=True)
+        manifest.write_atomically(self.folder / "setup.json", json.dumps(setup, indent=1))
+
+    def _planner(self, slots: Sequence[str]) -> Planner:
+        """The planner, before anything is scored."""
+        task, rows, width = self.task, len(self.examples), self.task.width(self.examples)
+        self.hints = task.hints(self.examples)
+        self.guess = np.full((rows, width), np.nan, np.float32)
+        players = [self._player(member, slots[0]) for member in self.members]
+        regret, targets = task.regret, self.weighed.targets
+        planner = Planner(players, self.weighed.blend, targets, task.merit, task.doubt, regret, rows, width, on_decision=self.decided)
+        planner.hints = self.hints
+        return planner
+
+    def _player(self, member: Member, device: str) -> Player:
+        settings, key = member.recipe.retrieve, self.keys[member.name]
+        chars = np.full(len(self.examples), float(settings.context.max_chars)) if key and settings else None
+        sizes = {name: task.sizes(self.examples, chars) for name, task in member.views.items()}
+        more = frozenset(name for name, view in member.task.views().items() if view.more)
+        return Player(member.name, member.fits, sizes, cost.load_cost(member.bytes), cost.token_cost(member.bytes, device), more, key)
+
+    def _resume(self) -> None:
+        """What an earlier process of this run has scored and retrieved."""
+        self.scores = Scores(self.folder / _SCORES, self.planner.width)
+        known = {Pass(player.name, fit, view) for player in self.planner.players for fit in player.fits for view in player.sizes}
+        kept = 0
+        for work, rows, prediction in self.scores.read(self.planner.rows):
+            if work in known:
+                self.planner.record(work, rows, prediction)
+                kept += len(rows)
+        if kept:
+            self.decided(f"{kept} rows x fits are kept from an earlier start of this run")
+
+    # --- while it is scored (the dispatch's listener) ----------------------------------------------------------------------------
+
+    def scored(self, work: Pass, rows: np.ndarray, prediction: np.ndarray) -> None:
+        """Keep what came, and rewrite the submission now and then."""
+        self._try_to(lambda: self.scores.append(work, rows, prediction))
+        self._progress(len(rows))
+        self._rewrite()
+
+    def fetched(self, key: str, rows: np.ndarray, hints: Mapping[str, np.ndarray], chars: np.ndarray) -> None:
+        """What retrieval alone says of these rows, and how long they are with their contexts."""
+        for values, (name, new) in zip((self.hints[name] for name in hints), hints.items(), strict=True):
+            values[rows] = new
+            if name == next(iter(hints)):
+                self.guess[rows] = new
+        for member in self.members:
+            if self.keys[member.name] == key:
+                sizes, some = self.planner.player(member.name).sizes, [self.examples[row] for row in rows]
+                for name, task in member.views.items():
+                    sizes[name][rows] = task.sizes(some, chars.astype(float))
+        self._rewrite()
+
+    def decided(self, text: str) -> None:
+        """Into the log, on screen and on disk."""
+        at = self.budget.elapsed()
+        self.decisions.append({"at": round(at, 2), "text": text})
+        log.info("%7.1f s  %s", at, text)
+
+    def _rewrite(self, last: bool = False) -> None:
+        """The submission from all that there is, unless it was written a moment ago; where that fails, the one before stays."""
+        if not last and self.budget.elapsed() < self._next_write:
+            return
+        begun = time.monotonic()
+        prediction = self.planner.prediction()
+        self.metric.append({"at": round(self.budget.elapsed(), 2), "expected": self.planner.expected()})
+        self._try_to(lambda: self.submission.write(np.where(np.isfinite(prediction), prediction, self.guess)))
+        self._try_to(self._write_timeline)
+        took = time.monotonic() - begun
+        self._next_write = self.budget.elapsed() + max(_WRITE_S, took / _WRITE_SHARE)
+
+    _next_write = 0.0
+
+    def _try_to(self, write: Any) -> None:
+        """Write something; a disk that is full must not cost the run."""
+        try:
+            write()
+        except (OSError, DataError) as error:
+            log.warning("not written: %s", error)
+            self.decisions.append({"at": round(self.budget.elapsed(), 2), "text": f"not written: {error}"})
+
+    def _write_timeline(self) -> None:
+        spans = [span.summary() for span in self.dispatch.spans]
+        values = {
+            "rows": self.planner.rows, "budget_s": self.budget.total_s, "reserve_s": self.budget.reserve_s, "slots": list(self.dispatch.crew.slots), "spans": spans,
+            "metric": self.metric, "decisions": self.decisions, "skipped": self._skipped(), "ended": round(self.budget.elapsed(), 2),
+        }  # fmt: skip
+        manifest.write_atomically(self.folder / "timeline.json", json.dumps(values))
+        manifest.write_atomically(self.folder / "decisions.log", "".join(f"{line['at']:9.2f} {line['text']}\n" for line in self.decisions))
+
+    def _skipped(self) -> list[dict[str, Any]]:
+        """Members that the blend uses and that did not score everything."""
+        return [{"member": name, "rows": rows, "why": self._failures().get(name, "")} for name, rows in self.planner.left().items()]
+
+    def _bar(self) -> Any:
+        """Progress in rows x fits of what the final blend uses."""
+        passes = {name: len(self.planner.player(name.partition("@")[0]).fits) for name in self.planner.core}
+        done = sum(passes.values()) * self.planner.rows - sum(self.planner.left().values())
+        return tqdm(total=sum(passes.values()) * self.planner.rows, initial=done, desc="infer", unit="row", disable=None)
+
+    def _progress(self, rows: int) -> None:
+        self.bar.update(rows)
+        self.bar.set_postfix_str(f"{self.planner.expected():.4f} expected, {self.budget.remaining():.0f} s left")
+
+    # --- what came out -----------------------------------------------------------------------------------------------------------
+
+    def _failures(self) -> dict[str, str]:
+        """Member → why it was not, or not as it was meant to be, scored."""
+        without = {name: f"scored without contexts: {why}" for key, why in self.dispatch.no_contexts.items() for name in self.keys if self.keys[name] == key}
+        late = {name: f"no time left for {rows} of its rows x fits" for name, rows in self.planner.left().items()}
+        return {**late, **without, **self.failures, **self.planner.dropped}
+
+    def _outcome(self) -> Outcome:
+        names = [member.name for member in self.members]
+        own = {name: self.planner.of_member(name) for name in names}
+        seconds = {name: sum(span.end - span.start for span in self.dispatch.spans if span.name == name) for name in [*names, "contexts"]}
+        failures = self._failures()
         return Outcome(
-            submission=self.out,
+            submission=self.options.out,
+            run=self.folder,
             rows=len(self.examples),
-            finished=all((self.progress[member.name].count == len(member.fits)).all() for member in self.members),
-            weights={member.name: float(weight) for member, weight in zip(self.members, self.weights, strict=True)},
-            scored={name: int((mine.count > 0).sum()) for name, mine in self.progress.items()},
-            failures={name: mine.failure for name, mine in self.progress.items() if mine.failure},
-            seconds={**self.budget.measured, "total": self.budget.elapsed()},
-            oof=oof,
-            predictions={name: mine.prediction for name, mine in self.progress.items()},
+            finished=not self.planner.left() and not self.planner.dropped and set(failures) <= set(names),
+            expected=self.planner.expected(),
+            weights=self.weighed.blend.weights(names),
+            scored={name: int(np.isfinite(values).all(-1).sum()) for name, values in own.items()},
+            failures=failures,
+            seconds={**self.budget.measured, **{name: spent for name, spent in seconds.items() if spent}, "total": self.budget.elapsed()},
+            oof=self.weighed.oof,
+            predictions=own,
         )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -22,29 +22,38 @@ class Submission:
 
     path: Path
     task: Task
+    test: Table
     examples: Sequence[Any]
     order: Sequence[str]
 
     @classmethod
-    def open(cls, path: Path, task: Task, examples: Sequence[Any], sample: Path | None) -> Submission:
-        """A submission for these examples. Raises DataError where the sample submission names other ids than the test set."""
+    def open(cls, path: Path, task: Task, test: Table, sample: Path | None) -> Submission:
+        """A submission for a test set. Raises DataError where the sample submission names other ids than the test set."""
+        for part in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+        examples = task.read(test)
         ids = [example.id for example in examples]
         if sample is None:
-            return cls(path, task, examples, ids)
+            return cls(path, task, test, examples, ids)
         table = read_table(sample)
         order = table.frame["id"].tolist()
         different = sorted(set(order) ^ set(ids))
         if different:
             where = "not in the test set" if different[0] in order else "not in the sample submission"
             raise DataError(f"{sample}: id {different[0]!r} is {where} ({len(different)} such ids): give the sample submission that belongs to this test set")
-        return cls(path, task, examples, order)
+        return cls(path, task, test, examples, order)
 
     def write(self, prediction: np.ndarray | None = None) -> None:
-        """Replace the file by these predictions (N, C); without any, by the task's fallback (options in their order)."""
+        """Replace the file by these predictions (N, C); without any, by the task's fallback (options in their order).
+
+        Raises DataError, and leaves the file as it was, where the site would refuse the new one; OSError where it cannot be written.
+        """
         if prediction is None:
             prediction = np.full((len(self.examples), self.task.width(self.examples)), np.nan, np.float32)
         rows = self.task.rows(prediction, self.examples)
-        rows = rows.set_index("id", drop=False).loc[list(self.order)]
+        rows = rows.set_index("id", drop=False).loc[list(self.order)].reset_index(drop=True)
+        if faults := self.task.check(table := Table(str(self.path), rows), self.test):
+            raise table.error(faults[0].why, row=faults[0].row, column=faults[0].column)
         write_atomically(self.path, rows.to_csv(index=False, lineterminator="\n"))
 
 

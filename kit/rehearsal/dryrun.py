@@ -104,7 +104,7 @@ class _DryRun:
         log.unlink(missing_ok=True)
         bundles = [str(path.parent) for path in sorted((box / "input").glob(f"*/{manifest.FILE}")) if manifest.read(path.parent).kind == "member"]
         test = next((box / "input").rglob("test.csv"))
-        options = [f"--test={test}", f"--out={out / 'submission.csv'}", f"--details={out}", "--no-contexts"]
+        options = [f"--test={test}", f"--out={out / 'submission.csv'}", "--no-contexts"]
         command = [str(python / "bin" / "python"), "-m", "kit", "infer", *bundles, *options]
         done = subprocess.run(command, env=runtime.clean_environment(), cwd=python, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -133,7 +133,7 @@ class _DryRun:
         questions = task.read(read_table(next((infer / "input").rglob("test.csv"))))
         answers = read_table(self.answers).frame.set_index("id")["answer"]
         targets = np.array(["ABCDE".index(answers[question.id]) for question in questions])
-        members = np.load(infer / "working" / "predictions.npz")
+        members = {name: values for name, values in np.load(infer / "working" / "predictions.npz").items() if np.isfinite(values).all()}
         outcome = json.loads((infer / "working" / "outcome.json").read_text())
         runs = {path.parent.name: json.loads(path.read_text()) for path in sorted((train / "working/artifacts/runs").glob("*/metrics.json"))}
         runs = {name: values for name, values in runs.items() if manifest.slug(name) in outcome["weights"]}
@@ -190,7 +190,8 @@ def _table(summary: dict[str, Any]) -> str:
     lines += ["", f"{'MAP@3 on the test set, ' + str(summary['rows']) + ' rows':<44} value ± SE"]
     named = {"random": "random order", "longest": "longest option", "overlap": "word overlap with the best passage"}
     lines += [_line(label, maps[name]) for name, label in named.items()]
-    lines += [_line(f"member {name}, weight {weight:.2f}", maps[name]) for name, weight in summary["weights"].items()]
+    lines += [_line(f"member {name}, weight {weight:.2f}", maps[name]) for name, weight in summary["weights"].items() if name in maps]
+    lines += [f"  member {name}, weight {weight:.2f}: not needed, not scored" for name, weight in summary["weights"].items() if name not in maps]
     lines += [_line("blend without contexts", maps["without_context"]), _line("blend = submission.csv", maps["test"])]
     lines += ["", f"peak memory of one process {summary['peak_mb']} MB, connections tried outside this machine: {len(summary['sockets'])}"]
     return "\n".join(lines)

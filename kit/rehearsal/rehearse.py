@@ -206,7 +206,7 @@ def _idle(outcome: Mapping[str, Any], members: Mapping[str, Manifest], rows: int
         return
     for name in members:
         scored, reason = outcome.get("scored", {}).get(name, 0), outcome.get("failures", {}).get(name, "")
-        if scored < rows or reason:
+        if reason or (scored < rows and outcome.get("weights", {}).get(name, 1.0) > 0):
             yield f"member {name} scored {scored} of {rows} rows{f': {reason}' if reason else ''}"
 
 

@@ -91,6 +91,13 @@ class Fault(NamedTuple):
     why: str
 
 
+class View(NamedTuple):
+    """Another way to encode rows for the same weights. more: scored beside the usual one, to average; otherwise instead of it, for it costs less."""
+
+    task: Task
+    more: bool
+
+
 class Task(Protocol):
     """needs: what a model must give: "row" (R, outputs), "token" (R, T, outputs), "next_token" (R, V) or "all_tokens" (R, T, V)."""
 
@@ -160,4 +167,28 @@ class Task(Protocol):
 
     def rows(self, prediction: np.ndarray, examples: Sequence[Any]) -> pd.DataFrame:
         """The submission for predictions (N, C), ids copied."""
+        ...
+
+    def views(self) -> dict[str, View]:
+        """Other ways to encode rows for weights that were trained with this task, by name."""
+        ...
+
+    def sizes(self, examples: Sequence[Any], context_chars: np.ndarray | None = None) -> np.ndarray:
+        """Tokens each row costs (N,) float64, estimated from characters. context_chars: (N,), in place of the contexts of the examples."""
+        ...
+
+    def merit(self, prediction: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """What each row of a prediction (N, C) adds to the first metric (N,) float64; its mean is the metric."""
+        ...
+
+    def doubt(self, prediction: np.ndarray) -> np.ndarray:
+        """How unsure each row of a prediction (N, C) is, (N,) float64; a row that is not finite is as unsure as can be."""
+        ...
+
+    def regret(self, prediction: np.ndarray, belief: np.ndarray) -> np.ndarray:
+        """Expected merit (N,) that predicting `prediction` (N, C) loses against `belief` (N, C), where the latter holds; never negative."""
+        ...
+
+    def hints(self, examples: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Numbers about the columns of a prediction that need no model, each (N, C) float32. The first one orders rows that nobody has scored."""
         ...

@@ -1,31 +1,33 @@
 """Multiple choice, scored in pairs: context + (prompt + option) through one shared encoder, one score per option.
 
 Knows questions, features, loss, decoding and the submission's rows. Does not know which model scores them, files or folds.
+Imports torch only to collate, so that a process which scores nothing need not load it.
 The pair form is that of SWAG/RACE fine-tuning (Devlin et al. 2019); label smoothing after Szegedy et al. 2016.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
 
 from kit.errors import ConfigError
-from kit.metrics import accuracy, accuracy_at_k, map_at_k
-from kit.tasks import Batch, Fault, Feature, Table, Tokens
+from kit.metrics import accuracy, accuracy_at_k, average_precision, map_at_k
+from kit.tasks import Batch, Fault, Feature, Table, Tokens, View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LETTERS = ascii_uppercase
 _USUAL_OPTIONS = 5
+_LEAST_TOKENS = 8  # of a sequence
+_CHARS_PER_TOKEN, _SPECIAL_TOKENS = 4, 3  # of English text in the usual vocabularies; of a pair
 _BLANK = -1e4  # score of a blank option: below any real one, and finite in fp16
 
 
@@ -58,8 +60,8 @@ class MultipleChoice:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"task.label_smoothing = {self.label_smoothing}: give a number from 0 to below 1")
-        if self.max_length < 8 or self.top < 1:
-            raise ConfigError(f"task.max_length = {self.max_length}, task.top = {self.top}: give at least 8 tokens and 1 letter")
+        if self.max_length < _LEAST_TOKENS or self.top < 1:
+            raise ConfigError(f"task.max_length = {self.max_length}, task.top = {self.top}: give at least {_LEAST_TOKENS} tokens and 1 letter")
 
     @property
     def metrics(self) -> dict[str, Callable[..., float]]:
@@ -118,6 +120,8 @@ class MultipleChoice:
 
     def collate(self, features: Sequence[Feature], tokens: Tokens) -> Batch:
         """(B*C, T) sequences; blank (B, C) bool; target (B,) int64 when every feature has an answer."""
+        import torch
+
         batch = tokens.pad([encoding for feature in features for encoding in feature.encodings])
         batch["blank"] = torch.tensor([feature.target[1] for feature in features])
         if all(feature.target[0] is not None for feature in features):
@@ -142,8 +146,7 @@ class MultipleChoice:
         """Per-feature scores (C,) → probabilities (N, C) float32; a row that nobody scored is NaN."""
         prediction = np.full((len(examples), self.width(examples)), np.nan, np.float32)
         if features:
-            rows = F.softmax(torch.from_numpy(np.stack(scores).astype(np.float32)), -1).numpy()
-            prediction[[feature.row for feature in features]] = rows
+            prediction[[feature.row for feature in features]] = _softmax(np.stack(scores).astype(np.float32))
         return prediction
 
     def targets(self, examples: Sequence[Question]) -> np.ndarray:
@@ -193,6 +196,65 @@ class MultipleChoice:
         order = np.lexsort((-value, blank), axis=-1)[:, : self.top]  # real before blank, then best first; stable
         text = [" ".join(LETTERS[index] for index in row) for row in order]
         return pd.DataFrame({"id": [question.id for question in examples], "prediction": text})
+
+    def views(self) -> dict[str, View]:
+        """Half the tokens, "short". None that is scored beside the usual one: in pair scoring another order of the options changes nothing."""
+        return {"short": View(replace(self, max_length=max(_LEAST_TOKENS, self.max_length // 2)), more=False)}
+
+    def sizes(self, examples: Sequence[Question], context_chars: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of a question's C sequences (N,) float64, by the characters of context, prompt and option, each sequence at most `max_length`."""
+        context = np.array([len(question.context) for question in examples]) if context_chars is None else np.asarray(context_chars)
+        prompt = np.array([len(question.prompt) for question in examples])
+        options = self._per_option(examples, lambda question: [len(option) for option in question.options])
+        tokens = ((context + prompt)[:, None] + options) / _CHARS_PER_TOKEN + _SPECIAL_TOKENS  # (N, C)
+        return np.minimum(tokens, self.max_length).sum(1, dtype=np.float64)
+
+    def merit(self, prediction: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Average precision at `top` of each row (N,) float64."""
+        return average_precision(prediction, targets, self.top)
+
+    def doubt(self, prediction: np.ndarray) -> np.ndarray:
+        """1 - the merit (N,) that the probabilities (N, C) themselves expect: 0 for a sure row. A row that is not finite counts as uniform."""
+        options = prediction.shape[1]
+        scored = np.isfinite(prediction).all(1, keepdims=True)
+        sorted_p = -np.sort(-np.where(scored, prediction, 1 / max(1, options)).astype(np.float64), axis=1)[:, : self.top]
+        return 1 - sorted_p @ (1 / np.arange(1, sorted_p.shape[1] + 1))
+
+    def regret(self, prediction: np.ndarray, belief: np.ndarray) -> np.ndarray:
+        """Merit (N,) that ranking by `prediction` (N, C) loses against ranking by `belief` (N, C), if its probabilities hold."""
+        rights = [np.full(len(belief), option) for option in range(belief.shape[1])]
+        lost = np.stack([self.merit(belief, right) - self.merit(prediction, right) for right in rights], 1)  # (N, C)
+        return (lost * belief).sum(1)
+
+    def hints(self, examples: Sequence[Question]) -> dict[str, np.ndarray]:
+        """overlap: share of the option's different words that the context has, NaN without a context. length: characters, 0 for a blank option."""
+        return {
+            "overlap": self._per_option(examples, lambda question: word_shares(question.options, question.context)),
+            "length": self._per_option(examples, lambda question: [len(option) if option.strip() else 0 for option in question.options]),
+        }
+
+    def _per_option(self, examples: Sequence[Question], numbers: Callable[[Question], list[Any]]) -> np.ndarray:
+        """`numbers` of every question (N, C) float32."""
+        return np.array([numbers(question) for question in examples], np.float32).reshape(len(examples), self.width(examples))
+
+
+def word_shares(options: Sequence[str], passage: str) -> list[float]:
+    """Share of each option's different words that the passage has, in any case; 0 for a blank option, NaN where the passage is blank."""
+    if not passage.strip():
+        return [np.nan] * len(options)
+    known = _words(passage)
+    return [len(words & known) / max(1, len(words)) for words in map(_words, options)]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    """(N, C) → (N, C); a row that is not finite becomes NaN."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        odds = np.exp(scores - scores.max(-1, keepdims=True))
+        return odds / odds.sum(-1, keepdims=True)
 
 
 def _option_columns(table: Table) -> list[str]:

@@ -1,7 +1,8 @@
 """Folds → fits → out-of-fold predictions, in one run folder that a second call continues. Knows no name of a task or a model.
 
 artifacts/runs/<recipe>-<hash8>/: recipe.toml, inputs.json, folds.npy, oof.parquet, metrics.json, curves.png, and one folder per fit
-(fold0 …, fold0-seed1 … with several seeds, full) holding its model and tokens, valid.npy, history.json and metrics.json (written last: the fit is done).
+(fold0 …, fold0-seed1 … with several seeds, full) holding its model and tokens, valid.npy, valid-<view>.npy, history.json and metrics.json (written last:
+the fit is done). oof.parquet: id, fold, t0 …, p0 …, p0@<view> … where a view differs, and the task's hints, overlap0 ….
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,20 +28,21 @@ from kit.data.folds import make_folds
 from kit.data.tables import read_table
 from kit.errors import ConfigError, DependencyError
 from kit.metrics import bootstrap
-from kit.tasks import Task
-from kit.training.loop import fit
+from kit.tasks import Task, Tokens
+from kit.training.loop import fit, predict_together
 from kit.training.track import JSONLines
 
 log = logging.getLogger(__name__)
 
 FULL = "full"
 _DEBUG_ROWS = 32
+_EQUAL = 1e-6  # between predictions of two views that say the same
 
 
 class Run(NamedTuple):
-    """folder: of the run. metrics: {"folds": {fit: {name: estimate}}, "oof": {name: estimate}}; "oof" only once every fold is fitted.
+    """folder: of the run. metrics: {"folds": {fit: {name: estimate}}, "oof": {name: estimate}, "views": {view: {name: estimate}}}.
 
-    An estimate has value, se, low and high (95 %).
+    "oof" only once every fold is fitted, "views" only where a view says something else than the usual one. An estimate has value, se, low and high (95 %).
     """
 
     folder: Path
@@ -133,35 +135,72 @@ def summarise(folder: Path, recipe: Recipe, task: Task, own: Sequence[Any], numb
     """Metrics per fit and, when every fold is there, of the OOF predictions (mean over seeds), with bootstrap standard errors."""
     names = [[fit_name(recipe, fold, seed) for seed in recipe.train.seeds] for fold in range(recipe.data.folds)]
     done = {path.parent.name for path in folder.glob("*/metrics.json")}
-    parts = {name: np.load(folder / name / "valid.npy") for fold in names for name in fold if name in done}
     targets = task.targets(own)
-    held = {name: targets[numbers == number] for number, fold in enumerate(names) for name in fold}
-    folds = {name: _estimates(task, part, held[name]) for name, part in parts.items()}
+    fitted = {name: targets[numbers == number] for number, fold in enumerate(names) for name in fold if name in done}
+    folds = {name: _estimates(task, np.load(folder / name / _valid()), held) for name, held in fitted.items()}
     metrics: dict[str, Any] = {"folds": {**folds, **({FULL: {}} if FULL in done else {})}}
-    if len(parts) == len(held):
-        oof = np.empty((len(own), next(iter(parts.values())).shape[1]), np.float32)
-        for number, fold in enumerate(names):
-            oof[numbers == number] = np.mean([parts[name] for name in fold], axis=0)
+    if len(fitted) == sum(map(len, names)):
+        oof = _out_of_fold(folder, names, numbers)
+        views = _views(folder, names, numbers, task, oof)
         metrics["oof"] = _estimates(task, oof, targets)
+        if views:
+            metrics["views"] = {view: _estimates(task, prediction, targets) for view, prediction in views.items()}
         if write:
-            write_oof(folder / "oof.parquet", own, numbers, targets, oof)
+            write_oof(folder / "oof.parquet", own, numbers, targets, oof, views=views, hints=task.hints(own))
     if write:
         manifest.write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
+
+
+def _valid(view: str | None = None) -> str:
+    """The file of a fit's predictions for its validation rows, in the usual view or another one."""
+    return "valid.npy" if view is None else f"valid-{view}.npy"
+
+
+def _out_of_fold(folder: Path, names: Sequence[Sequence[str]], numbers: np.ndarray, view: str | None = None) -> np.ndarray:
+    """Predictions (N, C) float32 by the fits of each fold, the mean over its seeds."""
+    parts = [np.mean([np.load(folder / name / _valid(view)) for name in fold], axis=0) for fold in names]
+    oof = np.empty((len(numbers), parts[0].shape[1]), np.float32)
+    for number, part in enumerate(parts):
+        oof[numbers == number] = part
+    return oof
+
+
+def _views(folder: Path, names: Sequence[Sequence[str]], numbers: np.ndarray, task: Task, oof: np.ndarray) -> dict[str, np.ndarray]:
+    """Out-of-fold predictions of the views that every fit has predicted and that differ from those of the usual view."""
+    there = [view for view in task.views() if all((folder / name / _valid(view)).is_file() for fold in names for name in fold)]
+    found = {view: _out_of_fold(folder, names, numbers, view) for view in there}
+    return {view: prediction for view, prediction in found.items() if not np.allclose(prediction, oof, rtol=0, atol=_EQUAL, equal_nan=True)}
 
 
 def _estimates(task: Task, prediction: np.ndarray, targets: np.ndarray) -> dict[str, dict[str, float]]:
     return {name: bootstrap(metric, prediction, targets)._asdict() for name, metric in task.metrics.items()}
 
 
-def write_oof(path: Path, own: Sequence[Any], numbers: np.ndarray, targets: np.ndarray, oof: np.ndarray) -> None:
-    """id, fold, target(s) and one column p0 … per score, in the order of the training table."""
-    columns = {"id": [example.id for example in own], "fold": numbers}
-    columns |= {f"t{k}": column for k, column in enumerate(targets.reshape(len(own), -1).T)}
-    columns |= {f"p{k}": column for k, column in enumerate(oof.T)}
+def write_oof(
+    path: Path,
+    own: Sequence[Any],
+    numbers: np.ndarray,
+    targets: np.ndarray,
+    oof: np.ndarray,
+    *,
+    views: Mapping[str, np.ndarray],
+    hints: Mapping[str, np.ndarray],
+) -> None:
+    """id, fold, target(s), one column p0 … per score, p0@view … per view, and the hints, in the order of the training table."""
+    columns: dict[str, Any] = {"id": [example.id for example in own], "fold": numbers}
+    columns |= _numbered("t", targets.reshape(len(own), -1)) | _numbered("p", oof)
+    for view, prediction in views.items():
+        columns |= _numbered("p", prediction, f"@{view}")
+    for name, values in hints.items():
+        columns |= _numbered(name, values)
     part = path.with_suffix(".part")
     pd.DataFrame(columns).to_parquet(part, index=False)
     part.replace(path)
+
+
+def _numbered(name: str, values: np.ndarray, suffix: str = "") -> dict[str, np.ndarray]:
+    return {f"{name}{k}{suffix}": column for k, column in enumerate(values.T)}
 
 
 @dataclass
@@ -197,11 +236,21 @@ class _Trainer:
             batch_tokens=self.recipe.infer.batch_tokens, label=name,
         )  # fmt: skip
         self.accelerator.log({f"{name}/seconds": round(time.monotonic() - begun, 1)})
+        views = {view: self._predict(model, other.task, valid, tokens, f"{name} {view}") for view, other in self.task.views().items() if valid}
         if self.accelerator.is_main_process:
             tokens.save(folder)
-            np.save(folder / "valid.npy", result.prediction)
+            for view, prediction in ({None: result.prediction} | views).items():
+                np.save(folder / _valid(view), prediction)
             manifest.write_atomically(folder / "metrics.json", json.dumps(result.metrics))
             shutil.rmtree(folder / "state")  # not before the fit counts as done: a kill in between must not cost it
+
+    def _predict(self, model: Any, task: Task, valid: Sequence[Any], tokens: Tokens, label: str) -> np.ndarray:
+        """What the fitted model says of the validation rows (Nv, C) when `task` encodes them."""
+        return predict_together(
+            model, task, valid, tokens,
+            runtime=runtime.choose(self.recipe.train.precision, str(self.accelerator.device)), accelerator=self.accelerator,
+            batch_tokens=self.recipe.infer.batch_tokens, label=label,
+        )  # fmt: skip
 
 
 def _folds(recipe: Recipe, task: Task, examples: Examples) -> np.ndarray:

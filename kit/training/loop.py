@@ -188,17 +188,11 @@ class _Fitting:
             self.schedule.step()
 
     def _predict(self) -> np.ndarray:
-        """Predictions of the validation part (Nv, C); each process scores its share, all get all."""
-        features = self.task.encode(self.valid, self.tokens)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        share = list(range(rank, len(features), world))
-        scores = predict(
-            self.model, self.task, [features[index] for index in share], self.tokens,
-            runtime=self.runtime, batch_tokens=self.batch_tokens, label=f"{self.label} validation",
+        """Predictions of the validation part (Nv, C)."""
+        return predict_together(
+            self.model, self.task, self.valid, self.tokens,
+            runtime=self.runtime, accelerator=self.accelerator, batch_tokens=self.batch_tokens, label=f"{self.label} validation",
         )  # fmt: skip
-        gathered = gather_object(list(zip(share, scores, strict=True)))
-        ordered = [score for _, score in sorted(gathered, key=lambda pair: pair[0])]
-        return self.task.decode(ordered, features, self.valid)
 
     def _keep_if_best(self, state: _State, metrics: dict[str, float]) -> None:
         value = metrics[next(iter(self.task.metrics))] if self.valid and self.settings.keep == "best" else float(state.epoch)
@@ -251,6 +245,18 @@ class _Fitting:
 
     def _quiet(self) -> bool | None:
         return None if self.accelerator.is_main_process else True
+
+
+def predict_together(
+    model: Any, task: Task, examples: Sequence[Any], tokens: Tokens, *, runtime: Runtime, accelerator: Accelerator, batch_tokens: int, label: str
+) -> np.ndarray:
+    """Predictions of examples (N, C); each process scores its share, all get all."""
+    features = task.encode(examples, tokens)
+    share = list(range(accelerator.process_index, len(features), accelerator.num_processes))
+    scores = predict(model, task, [features[index] for index in share], tokens, runtime=runtime, batch_tokens=batch_tokens, label=label)
+    gathered = gather_object(list(zip(share, scores, strict=True)))
+    ordered = [score for _, score in sorted(gathered, key=lambda pair: pair[0])]
+    return task.decode(ordered, features, examples)
 
 
 def evaluate(task: Task, prediction: np.ndarray, examples: Sequence[Any]) -> dict[str, float]:

@@ -6,21 +6,25 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kit.data.tables import Table
 from kit.errors import DataError
 from kit.inference.submission import Submission, score
-from kit.tasks.multiple_choice import MultipleChoice, Question
+from kit.tasks.multiple_choice import MultipleChoice
 from tests.packed import read_rows, write_rows
 
 TASK = MultipleChoice()
 OPTIONS = ("one", "two", "three", "four", "five")
 
 
-def questions(*ids: str, options: tuple[str, ...] = OPTIONS) -> list[Question]:
-    return [Question(id_, f"prompt {id_}", options) for id_ in ids]
+def table(*ids: str) -> Table:
+    """A test set of these ids."""
+    columns = {"id": ids, "prompt": [f"prompt {id_}" for id_ in ids], **{letter: [text] * len(ids) for letter, text in zip("ABCDE", OPTIONS, strict=True)}}
+    return Table("test.csv", pd.DataFrame(columns, dtype=str))
 
 
 def write(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("id", "prediction")) -> Path:
@@ -28,34 +32,34 @@ def write(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("i
 
 
 def test_the_fallback_is_valid_and_names_the_options_in_their_order(tmp_path: Path) -> None:
-    Submission.open(tmp_path / "s.csv", TASK, questions("4", "7"), None).write()
+    Submission.open(tmp_path / "s.csv", TASK, table("4", "7"), None).write()
     assert (tmp_path / "s.csv").read_bytes() == b"id,prediction\n4,A B C\n7,A B C\n"
 
 
 def test_rows_stand_in_the_order_of_the_sample_submission(tmp_path: Path) -> None:
     sample = write(tmp_path / "sample.csv", [("c", "A B C"), ("a", "A B C"), ("b", "A B C")])
-    submission = Submission.open(tmp_path / "s.csv", TASK, questions("a", "b", "c"), sample)
+    submission = Submission.open(tmp_path / "s.csv", TASK, table("a", "b", "c"), sample)
     prediction = np.eye(5, dtype=np.float32)[[0, 1, 2]]
     submission.write(prediction)
     assert read_rows(tmp_path / "s.csv")[1:] == [["c", "C A B"], ["a", "A B C"], ["b", "B A C"]]
 
 
 def test_without_a_sample_submission_rows_stand_in_the_order_of_the_test_set(tmp_path: Path) -> None:
-    submission = Submission.open(tmp_path / "s.csv", TASK, questions("9", "10", "1"), None)
+    submission = Submission.open(tmp_path / "s.csv", TASK, table("9", "10", "1"), None)
     submission.write(np.eye(5, dtype=np.float32)[[4, 3, 2]])
     assert read_rows(tmp_path / "s.csv")[1:] == [["9", "E A B"], ["10", "D A B"], ["1", "C A B"]]
 
 
 def test_rows_without_a_prediction_keep_the_fallback(tmp_path: Path) -> None:
     prediction = np.array([[np.nan] * 5, [0.1, 0.2, 0.3, 0.25, 0.15]], np.float32)
-    Submission.open(tmp_path / "s.csv", TASK, questions("a", "b"), None).write(prediction)
+    Submission.open(tmp_path / "s.csv", TASK, table("a", "b"), None).write(prediction)
     assert read_rows(tmp_path / "s.csv")[1:] == [["a", "A B C"], ["b", "C D B"]]
 
 
 @pytest.mark.parametrize("id_", ["007", "1.0", "9" * 30, "x y", 'say "hi", then', "é物", " padded ", "True", "NaN", "1e5", "-1"])
 def test_ids_of_any_kind_are_copied_as_they_are(tmp_path: Path, id_: str) -> None:
     sample = write(tmp_path / "sample.csv", [("z", "A B C"), (id_, "A B C")])
-    Submission.open(tmp_path / "s.csv", TASK, questions(id_, "z"), sample).write()
+    Submission.open(tmp_path / "s.csv", TASK, table(id_, "z"), sample).write()
     assert [row[0] for row in read_rows(tmp_path / "s.csv")[1:]] == ["z", id_]
 
 
@@ -69,7 +73,7 @@ def test_ids_of_any_kind_are_copied_as_they_are(tmp_path: Path, id_: str) -> Non
 def test_a_sample_submission_of_another_test_set_is_refused(tmp_path: Path, ids: list[str], words: str) -> None:
     sample = write(tmp_path / "sample.csv", [(id_, "A B C") for id_ in ids])
     with pytest.raises(DataError) as refused:
-        Submission.open(tmp_path / "s.csv", TASK, questions("a", "b"), sample)
+        Submission.open(tmp_path / "s.csv", TASK, table("a", "b"), sample)
     assert words in str(refused.value)
     assert str(sample) in str(refused.value)
     assert "give the sample submission that belongs to this test set" in str(refused.value)
@@ -78,7 +82,7 @@ def test_a_sample_submission_of_another_test_set_is_refused(tmp_path: Path, ids:
 def test_a_reader_never_sees_a_part_of_the_file(tmp_path: Path) -> None:
     """A thread reads while another writes two versions of the file in turn: every reading is one of the two, whole."""
     ids = [str(number) for number in range(2000)]
-    submission = Submission.open(tmp_path / "s.csv", TASK, questions(*ids), None)
+    submission = Submission.open(tmp_path / "s.csv", TASK, table(*ids), None)
     other = np.tile(np.array([0.0, 0.1, 0.2, 0.3, 0.4], np.float32), (len(ids), 1))
     submission.write()
     first = submission.path.read_bytes()
@@ -104,7 +108,7 @@ def test_a_reader_never_sees_a_part_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    submission = Submission.open(tmp_path / "s.csv", TASK, questions("a", "b"), None)
+    submission = Submission.open(tmp_path / "s.csv", TASK, table("a", "b"), None)
     submission.write()
     with pytest.raises(ValueError, match="reshape"):
         submission.write(np.zeros((3, 5), np.float32))
@@ -142,7 +146,7 @@ def test_what_was_written_scores_as_its_predictions_do(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     ids = [str(number) for number in range(50)]
     prediction, targets = rng.random((50, 5)).astype(np.float32), rng.integers(0, 5, 50)
-    Submission.open(tmp_path / "s.csv", TASK, questions(*ids), None).write(prediction)
+    Submission.open(tmp_path / "s.csv", TASK, table(*ids), None).write(prediction)
     answers = write(tmp_path / "a.csv", [(id_, "ABCDE"[target]) for id_, target in zip(ids, targets, strict=True)], ("id", "answer"))
     result = score(tmp_path / "s.csv", answers, TASK)
     assert {name: result[name] for name in TASK.metrics} == pytest.approx({name: metric(prediction, targets) for name, metric in TASK.metrics.items()})

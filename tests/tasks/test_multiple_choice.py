@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -19,6 +19,7 @@ from kit.data.tables import Table
 from kit.errors import ConfigError, DataError
 from kit.metrics import map_at_k
 from kit.models.tokens import HFTokens
+from kit.tasks import Feature
 from kit.tasks.multiple_choice import LETTERS, MultipleChoice, Question
 from tests import tiny
 
@@ -244,6 +245,15 @@ def test_decode_puts_each_feature_into_its_row_and_leaves_the_others_nan(tokens:
     np.testing.assert_allclose(prediction[[0, 2]].sum(1), 1, rtol=1e-6)
 
 
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.just(4)), elements=st.floats(-10, 10, width=32) | st.floats(width=32)))
+@example(np.array([[3e38, -3e38, 0, 1]], np.float32))
+def test_decode_is_torchs_softmax(scores: np.ndarray) -> None:
+    features = [Feature(row, ()) for row in range(len(scores))]
+    prediction = TASK.decode([*scores], features, tiny.questions(len(scores), 4))
+    assert prediction.dtype == np.float32
+    np.testing.assert_allclose(prediction, F.softmax(torch.from_numpy(scores), -1).numpy(), rtol=2e-6, atol=1e-30)
+
+
 def test_decode_of_nothing_is_nan_and_of_no_example_is_empty() -> None:
     assert np.isnan(TASK.decode([], [], tiny.questions(2))).all()
     assert TASK.decode([], [], []).shape == (0, 0)
@@ -293,6 +303,60 @@ def test_targets_strata_and_width() -> None:
     assert TASK.targets(examples).tolist() == TASK.strata(examples).tolist() == [0, 3, -1]
     assert TASK.targets(examples).dtype == np.int64
     assert (TASK.width(examples), TASK.width(tiny.questions(1, 26)), TASK.width([])) == (5, 26, 0)
+
+
+# what the planner asks for
+
+
+def test_the_short_view_has_half_the_tokens_and_is_scored_instead() -> None:
+    task = MultipleChoice(max_length=51, top=2, label_smoothing=0.1)
+    assert task.views() == {"short": (replace(task, max_length=25), False)}
+    assert MultipleChoice(max_length=10).views()["short"].task.max_length == 8
+
+
+def test_sizes_count_every_option_with_its_context_up_to_the_longest_sequence() -> None:
+    questions = [Question("0", "p" * 8, ("a" * 4, "b" * 12), context="c" * 8), Question("1", "", ("", "x" * 400), None)]
+    assert MultipleChoice(max_length=10).sizes(questions).tolist() == [8 + 10, 3 + 10]
+    assert MultipleChoice(max_length=999).sizes(questions).tolist() == [8 + 10, 3 + 103]
+    assert MultipleChoice(max_length=999).sizes(questions, np.array([0, 4])).tolist() == [6 + 8, 4 + 104]
+
+
+def test_sizes_are_about_what_is_encoded(tokens: HFTokens) -> None:
+    task, questions = MultipleChoice(max_length=48), tiny.questions(8)
+    exact = np.array([feature.tokens for feature in task.encode(questions, tokens)])
+    ratio = task.sizes(questions) / exact
+    assert (ratio > 0.7).all() and (ratio < 1.4).all(), ratio
+
+
+def test_merit_is_the_average_precision_at_top() -> None:
+    prediction = np.array([[0.1, 0.5, 0.4], [0.5, 0.4, 0.1], [0.5, 0.4, 0.1], [np.nan] * 3], np.float32)
+    targets = np.array([1, 1, 2, 0])
+    assert MultipleChoice(top=2).merit(prediction, targets).tolist() == [1, 0.5, 0, 1]
+    assert TASK.merit(prediction, targets) == pytest.approx([1, 0.5, 1 / 3, 1])
+
+
+def test_doubt_is_the_merit_that_a_row_does_not_expect_of_itself() -> None:
+    prediction = np.array([[0, 1, 0, 0], [0.1, 0.2, 0.3, 0.4], [0.25] * 4, [np.nan] * 4, [0.5, 0.5, 0, np.inf]], np.float32)
+    even = 1 - (1 + 1 / 2 + 1 / 3) / 4
+    assert TASK.doubt(prediction) == pytest.approx([0, 1 - 0.4 - 0.3 / 2 - 0.2 / 3, even, even, even])
+    assert MultipleChoice(top=1).doubt(prediction)[1] == pytest.approx(0.6)
+    assert MultipleChoice(top=5).doubt(np.array([[0.25, 0.75]])) == pytest.approx([1 - 0.75 - 0.125])
+
+
+@given(st.integers(2, 8), st.integers(0, 2**32 - 1))
+def test_doubt_is_what_a_calibrated_row_loses_on_average(options: int, seed: int) -> None:
+    p = np.random.default_rng(seed).dirichlet(np.ones(options))
+    expected = sum(p[right] * TASK.merit(p[None], np.array([right]))[0] for right in range(options))
+    assert TASK.doubt(p[None])[0] == pytest.approx(1 - expected)
+
+
+def test_hints_are_the_shared_words_and_the_length_of_every_option() -> None:
+    context = "A red FOX runs; the dog not."
+    options = ("red fox", "Red Fox fox bird", " ", "blue")
+    hints = TASK.hints([Question("0", "p", options, context=context), Question("1", "p", options, context=" \n")])
+    assert [*hints] == ["overlap", "length"]
+    np.testing.assert_allclose(hints["overlap"], [[1, 2 / 3, 0, 0], [np.nan] * 4], rtol=1e-6)
+    assert hints["length"].tolist() == [[7, 16, 0, 4]] * 2
 
 
 # reading submissions

@@ -51,10 +51,11 @@ def riddles(n: int, seed: int = 0) -> list[Question]:
     ]
 
 
-def said_by(run: Run, fit: str, recipe: Recipe, examples: list[Question]) -> np.ndarray:
+def said_by(run: Run, fit: str, recipe: Recipe, examples: list[Question], view: str | None = None) -> np.ndarray:
     """Predictions (N, C) of the saved model of one fit."""
     task, folder = assemble.make_task(recipe), run.folder / fit
     model, tokens = assemble.load_model(recipe, task, folder), assemble.load_tokens(recipe, folder)
+    task = task.views()[view].task if view else task
     features = task.encode(examples, tokens)
     scores = predict(model, task, features, tokens, runtime=runtime.choose("fp32", "cpu"), batch_tokens=4096)
     return task.decode(scores, features, examples)
@@ -67,6 +68,10 @@ def own_examples(recipe: Recipe) -> list[Question]:
 def oof_of(run: Run) -> tuple[pd.DataFrame, np.ndarray]:
     frame = pd.read_parquet(run.folder / "oof.parquet")
     return frame, frame.filter(regex=r"^p\d+$").to_numpy()
+
+
+def short_of(frame: pd.DataFrame) -> np.ndarray:
+    return frame.filter(regex=r"^p\d+@short$").to_numpy()
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -111,7 +116,8 @@ def test_oof_rows_are_predicted_by_the_model_that_did_not_see_them(run: Run, rec
 def test_the_oof_table_is_in_the_order_of_the_training_table(run: Run, recipe: Recipe) -> None:
     frame, oof = oof_of(run)
     examples = own_examples(recipe)
-    assert frame.columns.tolist() == ["id", "fold", "t0", "p0", "p1", "p2", "p3", "p4"]
+    names = ["p{}", "p{}@short", "overlap{}", "length{}"]
+    assert frame.columns.tolist() == ["id", "fold", "t0", *(name.format(k) for name in names for k in range(5))]
     assert frame["id"].tolist() == [example.id for example in examples]
     assert frame["t0"].tolist() == [example.answer for example in examples]
     assert oof.dtype == np.float32 and np.allclose(oof.sum(1), 1, atol=1e-5)
@@ -135,7 +141,7 @@ def test_the_run_folder_says_which_folds_recipe_and_metrics(run: Run, recipe: Re
 
 
 def test_a_finished_fit_keeps_what_inference_needs_and_no_state(run: Run) -> None:
-    expected = ["config.json", "history.json", "metrics.json", "model.safetensors", "tokenizer.json", "valid.npy"]
+    expected = ["config.json", "history.json", "metrics.json", "model.safetensors", "tokenizer.json", "valid-short.npy", "valid.npy"]
     for fold in range(3):
         assert sorted(path.name for path in (run.folder / f"fold{fold}").iterdir()) == expected
 
@@ -147,7 +153,7 @@ def test_a_second_call_changes_nothing_and_gives_the_same(run: Run, recipe: Reci
     after = files_of(artifacts)
     assert {name: content for name, (_, content) in after.items()} == {name: content for name, (_, content) in before.items()}
     fits = [name for name in after if re.search(r"/fold\d/", name)]
-    assert len(fits) == 18
+    assert len(fits) == 21
     assert {name: after[name][0] for name in fits} == {name: before[name][0] for name in fits}
 
 
@@ -157,6 +163,66 @@ def test_the_same_run_elsewhere_is_bit_for_bit_the_same(run: Run, recipe: Recipe
     here, there = files_of(run.folder), files_of(again.folder)
     assert again.folder.name == run.folder.name
     assert all(here[name][1] == there[name][1] for name in names)
+
+
+# --- views and hints -------------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_predicted_by_the_weights_the_fold_ends_with(data: Path, tmp_path: Path) -> None:
+    """Also where these are not the last epoch's."""
+    recipe = tiny.recipe(data, "train.epochs=4", "train.lr=1e-2", "train.keep=best")
+    run = train(recipe, artifacts=tmp_path)
+    frame, oof = oof_of(run)
+    examples, short = own_examples(recipe), short_of(frame)
+    kept = []
+    for fold in (0, 1):
+        rows = (frame["fold"] == fold).to_numpy()
+        epochs = [epoch["map@3"] for epoch in json.loads((run.folder / f"fold{fold}" / "history.json").read_text())["epochs"]]
+        kept.append(int(np.argmax(epochs)))
+        np.testing.assert_allclose(short[rows], said_by(run, f"fold{fold}", recipe, examples, "short")[rows], atol=1e-6)
+        np.testing.assert_array_equal(np.load(run.folder / f"fold{fold}" / "valid-short.npy"), short[rows])
+    assert min(kept) < 3, "no fold went back to an earlier epoch: the test shows nothing"
+    assert short.dtype == np.float32 and np.abs(short - oof).max() > 1e-3
+    assert json.loads((run.folder / "metrics.json").read_text()) == run.metrics
+    assert [*run.metrics["views"]] == ["short"] and run.metrics["views"]["short"].keys() == run.metrics["oof"].keys()
+    assert run.metrics["views"]["short"]["map@3"]["value"] == map_at_k(short, frame["t0"].to_numpy())
+
+
+def test_a_view_that_says_the_same_is_left_out(tmp_path: Path) -> None:
+    """Without contexts no sequence is longer than half the tokens. Such rows have no overlap, but a length."""
+    tiny.competition(tmp_path)
+    run = train(tiny.recipe(tmp_path, "task.max_length=64"), artifacts=tmp_path / "artifacts")
+    frame, _ = oof_of(run)
+    assert (run.folder / "fold0" / "valid-short.npy").is_file()
+    assert not short_of(frame).size and "views" not in run.metrics
+    assert frame.filter(regex=r"^overlap\d$").isna().all(axis=None)
+    assert frame.filter(regex=r"^length\d$").gt(0).all(axis=None)
+
+
+def test_hints_are_those_of_the_examples_with_their_contexts(tmp_path: Path) -> None:
+    tiny.competition(tmp_path)
+    recipe = tiny.recipe(tmp_path, retrieve=True)
+    run = train(recipe, artifacts=tmp_path / "artifacts")
+    task = assemble.make_task(recipe)
+    examples = read_examples(recipe, task, tmp_path / "artifacts").own
+    assert all(example.context for example in examples)
+    for name, values in task.hints(examples).items():
+        found = oof_of(run)[0].filter(regex=rf"^{name}\d$").to_numpy()
+        assert found.dtype == np.float32 and (found > 0).any()
+        np.testing.assert_array_equal(found, values)
+
+
+def test_a_run_with_a_fit_of_before_there_were_views_has_none_and_goes_on(recipe: Recipe, run: Run, tmp_path: Path) -> None:
+    """A fit that was finished without them stays as it is, and the run has no views, for they would be of some rows only."""
+    old = train(recipe, artifacts=tmp_path, folds=[1]).folder / "fold1"
+    (old / "valid-short.npy").unlink()
+    before = files_of(old)
+    whole = train(recipe, artifacts=tmp_path)
+    frame, oof = oof_of(whole)
+    assert files_of(old) == before
+    assert not short_of(frame).size and "views" not in whole.metrics
+    np.testing.assert_array_equal(oof, oof_of(run)[1])
+    assert whole.metrics == {name: value for name, value in run.metrics.items() if name != "views"}
 
 
 # --- what a run learns from ------------------------------------------------------------------------------------------------------
@@ -239,6 +305,7 @@ def test_a_full_fit_trains_on_everything_and_has_no_oof(recipe: Recipe, tmp_path
     run = train(recipe, artifacts=tmp_path, full=True)
     assert [path.name for path in run.folder.iterdir() if path.is_dir()] == ["full"]
     assert run.metrics == {"folds": {"full": {}}}
+    assert [path.name for path in run.folder.glob("full/valid*")] == ["valid.npy"]
     steps = json.loads((run.folder / "full" / "history.json").read_text())["steps"]
     assert len(steps) == 2 * 3  # 2 epochs of 11 examples in batches of 4
     assert said_by(run, "full", recipe, own_examples(recipe)).shape == (11, 5)
@@ -249,9 +316,10 @@ def test_several_seeds_are_fitted_apart_and_averaged(recipe: Recipe, tmp_path: P
     frame, oof = oof_of(run)
     assert sorted(run.metrics["folds"]) == ["fold0-seed0", "fold0-seed7", "fold1-seed0", "fold1-seed7"]
     for fold in (0, 1):
-        one, other = (np.load(run.folder / f"fold{fold}-seed{seed}" / "valid.npy") for seed in (0, 7))
-        assert np.abs(one - other).max() > 1e-4
-        np.testing.assert_allclose(oof[(frame["fold"] == fold).to_numpy()], (one + other) / 2, atol=1e-6)
+        for file, averaged in (("valid.npy", oof), ("valid-short.npy", short_of(frame))):
+            one, other = (np.load(run.folder / f"fold{fold}-seed{seed}" / file) for seed in (0, 7))
+            assert np.abs(one - other).max() > 1e-4
+            np.testing.assert_allclose(averaged[(frame["fold"] == fold).to_numpy()], (one + other) / 2, atol=1e-6)
 
 
 def test_a_debug_run_is_small_and_apart(tmp_path: Path) -> None:
@@ -361,7 +429,7 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_as_an_undisturbed_one(killed:
     resumed, undisturbed = train(long_recipe, artifacts=killed), train(long_recipe, artifacts=tmp_path)
     assert files_of(finished) == before
     assert resumed.metrics == undisturbed.metrics
-    for name in ("oof.parquet", "fold0/model.safetensors", "fold1/model.safetensors", "fold1/history.json", "fold1/valid.npy"):
+    for name in ("oof.parquet", "fold0/model.safetensors", "fold1/model.safetensors", "fold1/history.json", "fold1/valid.npy", "fold1/valid-short.npy"):
         assert (resumed.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes(), name
     assert not [*killed.glob("runs/*/*/state")]
 
@@ -427,6 +495,8 @@ def test_two_processes_end_with_the_weights_and_oof_of_one_with_twice_the_batch(
     (frame, oof), (expected_frame, expected) = oof_of(Run(folder, {})), oof_of(alone)
     assert frame[["id", "fold", "t0"]].equals(expected_frame[["id", "fold", "t0"]])
     np.testing.assert_allclose(oof, expected, atol=1e-5)
+    np.testing.assert_allclose(short_of(frame), short_of(expected_frame), atol=1e-5)
+    assert short_of(frame).shape == oof.shape
     steps, expected_steps = (json.loads((path / "fold0" / "history.json").read_text())["steps"] for path in (folder, alone.folder))
     np.testing.assert_allclose(steps, expected_steps, rtol=1e-4)
 

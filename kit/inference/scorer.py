@@ -1,0 +1,209 @@
+"""What a scoring process does with an order: rows → predictions, or rows → contexts in the run folder.
+
+Owns: a run's setup.json and contexts/ as a worker reads them, the member or retriever that is loaded, the batches of one order.
+Does not know: who sends orders, other processes, the deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers.modeling_utils  # noqa: F401  # what every encoder needs and transformers loads late: once here instead of after every fork
+
+import kit.models.encoder  # noqa: F401
+from kit import assemble, manifest, runtime
+from kit.config import Recipe, RetrievePart
+from kit.data.tables import read_table
+from kit.inference.crew import Event, Fetch, Order, tells_of_memory
+from kit.predict import stream
+from kit.tasks import Feature, Task, Tokens
+
+log = logging.getLogger(__name__)
+
+Beat = Callable[[], None]
+"""Says that the work is one step further."""
+
+_ENCODED = 256  # rows from beat to beat
+_QUERIES = 32  # per core, from beat to beat: what one thread of a retriever takes at a time
+
+
+def devices() -> list[str]:
+    """The devices to score on: every GPU, or else the CPU. Does not start CUDA."""
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def serve(run: Path, device: str, pipe: Connection, began: float) -> None:
+    """Work on the orders that a pipe brings, all for one member or one retriever, until it ends. began: since when loading counts (monotonic)."""
+    work: _Work | None = None
+    with suppress(EOFError, OSError):  # the run is gone
+        while True:
+            order: Order | Fetch = pipe.recv()
+            began = time.monotonic() if work else began
+            beat = _Beats(pipe, order.serial)
+            try:
+                beat()
+                work = work or _open(run, device, order)
+                event = work(order, beat)
+                event = replace(event, load_s=time.monotonic() - began - event.seconds)
+            except Exception as error:  # whatever it is, the run is told
+                log.exception("order %s failed", order.serial)
+                why = " ".join(f"{type(error).__name__}: {error}".split())
+                event = Event(0, order.serial, "failed", why=why, memory=tells_of_memory(why))
+            pipe.send(event)
+
+
+_Work = Callable[[Any, Beat], Event]
+
+
+def _open(run: Path, device: str, order: Order | Fetch) -> _Work:
+    """What works on orders like this one."""
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    return Scorer(run, order.member, device).work if isinstance(order, Order) else Fetcher(run, order.key).work
+
+
+class _Beats:
+    """Says on a pipe that the work on an order is one step further."""
+
+    def __init__(self, pipe: Connection, serial: int) -> None:
+        self._pipe, self._beat = pipe, Event(0, serial, "beat")
+
+    def __call__(self) -> None:
+        self._pipe.send(self._beat)
+
+
+class Scorer:
+    """One member: its recipe, the test set as it sees it, and the fit that is loaded."""
+
+    def __init__(self, run: Path, member: str, device: str) -> None:
+        setup = _read_setup(run)
+        place = setup["members"][member]
+        self._folder, self._device = Path(place["folder"]), device
+        self._recipe = Recipe.load(self._folder / "recipe.toml")
+        self._task = assemble.make_task(self._recipe)
+        self._examples = self._task.read(read_table(Path(setup["test"])))
+        self._contexts = Contexts(run, place["key"]) if place["key"] else None
+        self._fit: str | None = None
+        self._model: Any = None
+        self._tokens: Any = None
+
+    def work(self, order: Order, beat: Beat) -> Event:
+        """Score an order's rows: "scored", with the seconds since the fit was loaded. Raises what loading and scoring raise."""
+        self._load(order.fit, beat)
+        began = time.monotonic()
+        task = self._view(order.view)
+        examples = self._rows(order.rows)
+        features = _encode(task, examples, self._tokens, beat)
+        chosen = runtime.choose(order.precision, self._device)
+        scored: dict[int, np.ndarray] = {}
+        for indices, scores in stream(self._model, task, features, self._tokens, runtime=chosen, batch_tokens=order.batch_tokens):
+            scored.update(zip(indices, scores, strict=True))
+            beat()
+        prediction = task.decode(list(scored.values()), [features[index] for index in scored], examples)
+        prediction[~np.isfinite(prediction).all(-1)] = np.nan
+        tokens = sum(feature.tokens for feature in features)
+        return Event(0, order.serial, "scored", time.monotonic() - began, tokens=tokens, rows=order.rows, prediction=prediction)
+
+    def _load(self, fit: str, beat: Beat) -> None:
+        """Have this fit's weights on the device, and no other's."""
+        if fit == self._fit:
+            return
+        self._fit = self._model = self._tokens = None
+        runtime.free_memory()
+        self._tokens = assemble.load_tokens(self._recipe, self._folder / fit)
+        self._model = assemble.load_model(self._recipe, self._task, self._folder / fit).to(self._device)
+        self._fit = fit
+        beat()
+
+    def _view(self, name: str) -> Task:
+        return self._task if name == "full" else self._task.views()[name].task
+
+    def _rows(self, rows: Sequence[int]) -> list[Any]:
+        """The examples of these rows, with the contexts that were found for them so far."""
+        known = self._contexts.read() if self._contexts else {}
+        return [replace(self._examples[row], context=known[row]) if row in known else self._examples[row] for row in rows]
+
+
+class Fetcher:
+    """One retriever, opened when the first row needs it."""
+
+    def __init__(self, run: Path, key: str) -> None:
+        setup = _read_setup(run)
+        place, task = setup["contexts"][key], dict(setup["task"])
+        self._index, self._settings = Path(place["index"]), RetrievePart.model_validate(place["settings"])
+        self._task = replace(assemble.task_of_kind(task.pop("kind")), **task)  # type: ignore[type-var]  # tasks are dataclasses
+        self._examples = self._task.read(read_table(Path(setup["test"])))
+        self._contexts = Contexts(run, key)
+        self._library: assemble.Library | None = None
+
+    def work(self, order: Fetch, beat: Beat) -> Event:
+        """Find the contexts of an order's rows that are not in the run folder yet: "fetched". Raises what retrieval raises."""
+        known = self._contexts.read()
+        missing = [row for row in dict.fromkeys(order.rows) if row not in known]
+        if missing and self._library is None:
+            self._library = assemble.Library.open(self._index)
+            beat()
+        began = time.monotonic()
+        step = _QUERIES * (os.cpu_count() or 1)
+        for start in range(0, len(missing), step):
+            self._find(missing[start : start + step])
+            beat()
+        examples = [replace(self._examples[row], context=known[row]) for row in order.rows]
+        chars = np.array([len(example.context) for example in examples])
+        return Event(0, order.serial, "fetched", time.monotonic() - began, rows=order.rows, hints=self._task.hints(examples), chars=chars)
+
+    def _find(self, rows: Sequence[int]) -> None:
+        assert self._library is not None
+        found = assemble.add_contexts([self._examples[row] for row in rows], self._task, self._settings, self._library)
+        self._contexts.write({row: example.context for row, example in zip(rows, found, strict=True)})
+
+
+class Contexts:
+    """The contexts that were found in a run for one key: contexts/<key>/<first row>-<number>.json, each {row: context}."""
+
+    def __init__(self, run: Path, key: str) -> None:
+        self._folder = run / "contexts" / key
+        self._seen: set[Path] = set()
+        self._known: dict[int, str] = {}
+
+    def read(self) -> dict[int, str]:
+        """All that are there now, by row."""
+        for path in sorted(set(self._folder.glob("*.json")) - self._seen):
+            self._seen.add(path)
+            try:
+                self._known |= {int(row): str(context) for row, context in json.loads(path.read_text(encoding="utf-8")).items()}
+            except (OSError, ValueError, AttributeError) as error:
+                log.warning("%s cannot be read (%s): its rows have no context, unless they are fetched again", path, error)
+        return self._known
+
+    def write(self, found: dict[int, str]) -> None:
+        """Add contexts. Raises OSError."""
+        path = self._folder / f"{next(iter(found))}-{len(found)}.json"
+        manifest.write_atomically(path, json.dumps({str(row): context for row, context in found.items()}, ensure_ascii=False))
+        self._seen.add(path)
+        self._known |= found
+
+
+def _encode(task: Task, examples: Sequence[Any], tokens: Tokens, beat: Beat) -> list[Feature]:
+    """The features of the examples, some rows at a time."""
+    features: list[Feature] = []
+    for start in range(0, len(examples), _ENCODED):
+        part = task.encode(examples[start : start + _ENCODED], tokens)
+        features += [replace(feature, row=start + feature.row) for feature in part]
+        beat()
+    return features
+
+
+def _read_setup(run: Path) -> dict[str, Any]:
+    return json.loads((run / "setup.json").read_text(encoding="utf-8"))

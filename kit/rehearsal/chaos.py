@@ -1,0 +1,367 @@
+"""The promise of inference, put to the test: whatever happens to a run, there is a valid submission, in time, and what was done is not lost.
+
+Part 1 kills the real command at random moments and starts it again; part 2 runs it once per fault of kit.rehearsal.injure. Owns what is
+promised and how it is counted. Does not know what is done to a run, nor how inference works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+from kit import manifest, runtime
+from kit.errors import BundleError, ConfigError, RehearsalError, nearest
+from kit.rehearsal.injure import FAULTS, RUN, SUBMISSION, Fault, Run, infer_command, kill, lives, own_disk
+from kit.rehearsal.lint import lint
+from kit.rehearsal.rerun import SAMPLE, TEST
+from kit.sample import write_sample
+from kit.vendor.bundle import pack
+
+ANSWERS = "test_answers.csv"
+PROMISED_S = 5.0  # after its first start there is a valid file
+GRACE_S = 2.0  # that a run may end late, and that what it started may live longer
+_KILLED_RUN_S = 1800.0  # budget of a run that is to be killed: time enough, so that time decides nothing
+_STUCK_S = 300.0  # after which a run that should end by itself is given up
+_LEAST_S = 0.2
+_SHOWN = 300  # characters of what a run said
+_SHORTER = 'retrieve.retriever={kind="bm25"}'
+RECIPES: Mapping[str, tuple[str, Sequence[str]]] = {
+    "chaos-rules": ("sample_rules", (_SHORTER,)),
+    "chaos-passage": (
+        "sample_rules", (_SHORTER, "retrieve.context.passages=1", "retrieve.context.sentences=0", "retrieve.context.max_chars=1200"),
+    ),
+    "chaos-deberta": ("sample_deberta", (_SHORTER, "model.config.num_hidden_layers=1", "train.epochs=1", "train.fgm=0", "train.precision=fp32")),
+}  # fmt: skip
+"""Members of the sample competition that are soon trained and soon used: name → shipped recipe and changes to it."""
+
+
+def chaos(
+    artifacts: Path,
+    *,
+    kills: int = 300,
+    seed: int = 0,
+    faults: Collection[str] | None = None,
+    bundles: Path | None = None,
+    competition: Path | None = None,
+) -> dict[str, Any]:
+    """Kill runs until `kills` fell after the first seconds, try each fault (None: all), and write artifacts/chaos/summary.json, which it gives.
+
+    bundles: a folder of member and index bundles, and the competition they are for, with answers; by default members are trained on the sample.
+    Raises ConfigError for an unknown fault, BundleError without bundles, and RehearsalError, once the summary is written, where a promise was broken.
+    """
+    begun, chosen, folder = time.monotonic(), _chosen(faults), artifacts.resolve() / "chaos"
+    shutil.rmtree(folder, ignore_errors=True)
+    if bundles is None or competition is None:
+        bundles, competition = _sample(folder)
+    bench = _Bench.prepare(bundles.resolve(), competition.resolve(), folder)
+    tally = Tally(longest_s=bench.seconds)
+    with tqdm(total=kills, desc="kills", disable=None) as bar:
+        rng = np.random.default_rng(seed)
+        while tally.late < kills and len(tally.blows) < 5 * kills:  # where runs are over before anything is promised, the second ends it
+            tally.add(_killed_run(bench, folder / "runs" / f"{tally.runs:04d}", rng, tally, kills, bar))
+    told = {name: _try(bench, name, fault) for name, fault in tqdm(chosen.items(), "faults", disable=None)}
+    summary = {**tally.summary(), "map@3": bench.metric, "run_s": round(bench.seconds, 1), "seconds": round(time.monotonic() - begun, 1), "faults": told}
+    manifest.write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
+    broken = [*tally.broken, *(f"fault {name}: {_verdict(entry)}" for name, entry in told.items() if not (entry["valid"] and entry["in_time"]))]
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise RehearsalError(f"{broken[0]}{more}: see {folder / 'summary.json'} and the logs beside it")
+    return summary
+
+
+def _chosen(faults: Collection[str] | None) -> dict[str, Fault]:
+    """The faults by name. Raises ConfigError."""
+    for name in faults or ():
+        if name not in FAULTS:
+            raise ConfigError(f"fault {name!r} is unknown{nearest(name, FAULTS)}")
+    return {name: fault for name, fault in FAULTS.items() if faults is None or name in faults}
+
+
+def _verdict(entry: Mapping[str, Any]) -> str:
+    return "no valid submission" if not entry["valid"] else f"ended after {entry['seconds']} s, which was too late"
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What every run is made from, and what one that was left alone gave: bytes of its submission, its metric, its seconds, its best member's bundle."""
+
+    bundles: Path
+    competition: Path
+    folder: Path
+    reference: bytes = b""
+    metric: float = 0.0
+    seconds: float = 0.0
+    victim: str = ""
+
+    @classmethod
+    def prepare(cls, bundles: Path, competition: Path, folder: Path) -> _Bench:
+        """A bench with the reference of an undisturbed run. Raises BundleError, RehearsalError where even that one fails."""
+        bench = cls(bundles, competition, folder)
+        run = Run.start(bench.command(folder / "undisturbed" / SUBMISSION), folder / "undisturbed", folder / "undisturbed.log")
+        code = _finish(run, _KILLED_RUN_S)
+        seconds = run.seconds
+        if code or (why := bench.objection(run.submission)):
+            raise RehearsalError(f"the undisturbed run failed ({f'exit code {code}' if code else why}): see {folder / 'undisturbed.log'}")
+        weights = run.outcome.get("weights") or {}
+        victim = max(bench.members, key=lambda member: weights.get(manifest.read(member).name, 0.0)).name
+        return cls(bundles, competition, folder, run.submission.read_bytes(), bench.score(run.submission), seconds, victim)
+
+    @property
+    def members(self) -> list[Path]:
+        """The member bundles. Raises BundleError where there are none."""
+        found = [path.parent for path in sorted(self.bundles.glob(f"*/{manifest.FILE}")) if manifest.read(path.parent).kind == "member"]
+        if not found:
+            raise BundleError(f"{self.bundles}: no member bundle: pack a trained run into it")
+        return found
+
+    @property
+    def sample(self) -> Path | None:
+        """The sample submission, if the competition has one."""
+        return self.competition / SAMPLE if (self.competition / SAMPLE).is_file() else None
+
+    def command(self, out: Path) -> list[str]:
+        """Inference of all members with time enough."""
+        return infer_command(self.members, self.competition / TEST, self.sample, out, seconds=_KILLED_RUN_S)
+
+    def objection(self, submission: Path) -> str:
+        """Why the site could not score it, or what it would wonder at; empty for a valid one."""
+        findings = lint(submission, sample=self.sample, test=self.competition / TEST)
+        return next((found.what for found in findings if found.level != "ok"), "")
+
+    def score(self, submission: Path) -> float:
+        """The metric, by `kit score`."""
+        command = [runtime.python(), "-m", "kit", "score", str(submission), str(self.competition / ANSWERS), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RehearsalError(f"`kit score` of {submission}: {done.stderr.strip().splitlines()[-1:]}")
+        return float(json.loads(done.stdout.splitlines()[-1])["map@3"])
+
+
+def _sample(folder: Path) -> tuple[Path, Path]:
+    """Bundles of members trained on the sample competition, and that competition. Raises RehearsalError."""
+    competition, artifacts, runs = write_sample(folder / "sample"), folder / "members", []
+    for name, (recipe, overrides) in tqdm(RECIPES.items(), "training members", disable=None):
+        settings = [f"--set={setting}" for setting in (f"name={name}", f"data.folder={json.dumps(str(competition))}", *overrides)]
+        command = [runtime.python(), "-m", "kit", "train", recipe, *settings, "--artifacts", str(artifacts), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RehearsalError(f"`kit train {recipe}`: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        runs.append(Path(json.loads(done.stdout.splitlines()[-1])["run"]))
+    pack(runs, artifacts=artifacts)
+    return artifacts / "bundles", competition
+
+
+def _finish(run: Run, within_s: float) -> int | None:
+    """The exit code of a run, which is killed after that long; None if it had to be."""
+    try:
+        return int(run.process.wait(timeout=within_s))
+    except psutil.TimeoutExpired:
+        run.end()
+        return None
+
+
+# --- part 1: kills ---------------------------------------------------------------------------------------------------------------
+
+
+class Blow(NamedTuple):
+    """SIGKILL after so many seconds of a start: to the first process of the "run", a "worker" of it, or its process "group"."""
+
+    after_s: float
+    target: str
+
+
+def draw(rng: np.random.Generator, longest_s: float) -> Blow:
+    """A blow at any moment of a run of that length, and a little after its end; half of them to the run, a quarter each to a worker and the group."""
+    return Blow(float(rng.uniform(_LEAST_S, 1.1 * longest_s)), str(rng.choice(["run", "run", "worker", "group"])))
+
+
+@dataclass
+class Story:
+    """One run folder from its first start to its end. blows: (seconds since the first start, target, whether the submission was valid then).
+
+    first_valid_s: from the first start to the first valid file, if nothing came between. broken: promises, one line each.
+    """
+
+    folder: Path
+    blows: list[tuple[float, str, bool]] = field(default_factory=list)
+    first_valid_s: float | None = None
+    is_equal: bool = False
+    broken: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Tally:
+    """All runs that were killed. longest_s: the longest that a blow may come after a start."""
+
+    longest_s: float
+    stories: list[Story] = field(default_factory=list)
+
+    @property
+    def blows(self) -> list[tuple[float, str, bool]]:
+        """Of all runs."""
+        return [blow for story in self.stories for blow in story.blows]
+
+    @property
+    def runs(self) -> int:
+        """How many have come to their end."""
+        return len(self.stories)
+
+    @property
+    def late(self) -> int:
+        """Blows after the first seconds."""
+        return sum(at >= PROMISED_S for at, _, _ in self.blows)
+
+    @property
+    def broken(self) -> list[str]:
+        """Promises, one line each."""
+        return [line for story in self.stories for line in story.broken]
+
+    def add(self, story: Story) -> None:
+        """Count a run that has come to its end."""
+        self.stories.append(story)
+
+    def summary(self) -> dict[str, Any]:
+        """kills and valid: after the first seconds; valid_early: before. resumed: of the runs that were killed, how many ended as the undisturbed one."""
+        early = [is_valid for at, _, is_valid in self.blows if at < PROMISED_S]
+        killed = [story.is_equal for story in self.stories if story.blows]
+        firsts = [story.first_valid_s for story in self.stories if story.first_valid_s is not None]
+        return {
+            "kills": self.late,
+            "valid": sum(is_valid for at, _, is_valid in self.blows if at >= PROMISED_S),
+            "valid_early": {"kills": len(early), "valid": sum(early)},
+            "first_valid_s": {"median": round(statistics.median(firsts), 2), "max": round(max(firsts), 2)} if firsts else {},
+            "resumed_equal": all(killed),
+            "resumed": {"runs": len(killed), "equal": sum(killed)},
+            "runs": self.runs,
+            "targets": dict(Counter(target for _, target, _ in self.blows)),
+            "broken": self.broken,
+        }
+
+
+def _killed_run(bench: _Bench, folder: Path, rng: np.random.Generator, tally: Tally, kills: int, bar: Any) -> Story:
+    """Start, kill and start again in one run folder until it ends by itself; `folder` is kept where a promise was broken."""
+    story, command, log = Story(folder), bench.command(folder / SUBMISSION), folder.with_suffix(".log")
+    first = time.monotonic()
+    while True:
+        run, blow = Run.start(command, folder, log), draw(rng, tally.longest_s)
+        _watch(bench, story, run, blow.after_s, is_first=run.begun - first < 0.1)
+        is_wanted = tally.late + sum(at >= PROMISED_S for at, _, _ in story.blows) < kills
+        known = run.family()
+        if is_wanted and _strike(run, blow.target, rng):
+            at = time.monotonic() - first
+            objection = bench.objection(run.submission)
+            story.blows.append((at, blow.target, not objection))
+            bar.update(at >= PROMISED_S)
+            if objection and at >= PROMISED_S:
+                story.broken.append(f"{folder.name}: no valid submission {at:.1f} s after the first start: {objection}")
+        if not run.is_over and _finish(run, _STUCK_S) is None:
+            story.broken.append(f"{folder.name}: it did not end within {_STUCK_S:.0f} s")
+            break
+        if orphans := _bury(run, known):
+            story.broken.append(f"{folder.name}: {orphans}")
+        if run.process.returncode >= 0:  # it ended by itself
+            break
+    story.is_equal = run.submission.is_file() and run.submission.read_bytes() == bench.reference
+    if not story.is_equal:
+        story.broken.append(f"{folder.name}: its submission differs from that of the undisturbed run (exit code {run.process.returncode})")
+    if not story.broken:
+        shutil.rmtree(folder)
+        log.unlink()
+    return story
+
+
+def _watch(bench: _Bench, story: Story, run: Run, seconds: float, *, is_first: bool) -> None:
+    """Wait for the moment of the blow, or the end; of a first start note when its first file is there and valid."""
+    if is_first and run.until(run.submission.is_file, seconds):
+        story.first_valid_s = run.seconds
+        if objection := bench.objection(run.submission):
+            story.broken.append(f"{story.folder.name}: its first submission is not valid: {objection}")
+    run.until(lambda: run.seconds >= seconds)
+
+
+def _strike(run: Run, target: str, rng: np.random.Generator) -> bool:
+    """Deal the blow; False where it came too late. A worker is waited for, if there is none yet."""
+    if target == "worker":
+        family = run.until(run.family) or []
+        return bool(kill([family[rng.integers(len(family))]])) if family else False
+    if run.is_over:
+        return False
+    if target == "group":
+        os.killpg(run.process.pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
+    else:
+        run.process.send_signal(signal.SIGKILL)
+    return bool(run.process.wait() == -signal.SIGKILL)
+
+
+def _bury(run: Run, known: Sequence[psutil.Process]) -> str:
+    """Wait until the run and everything that it started are gone; what is there after a while is an orphan: it is killed, and told."""
+    run.process.wait()
+    end = time.monotonic() + GRACE_S
+    while (left := _left(run, known)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return f"processes {[process.pid for process in kill(left)]} outlived the run by {GRACE_S:.0f} s" if left else ""
+
+
+def _left(run: Run, known: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Processes of the run that live: those that were seen, and those whose command line names its folder."""
+    place = str(run.folder / RUN)
+    named = [process for process in psutil.process_iter(["cmdline"]) if any(place in word for word in process.info["cmdline"] or ())]
+    return [process for process in {*known, *named} if lives(process)]
+
+
+# --- part 2: faults --------------------------------------------------------------------------------------------------------------
+
+
+def _try(bench: _Bench, name: str, fault: Fault) -> dict[str, Any]:
+    """Run once with a fault and judge what came of it. Submission, run folder and log are kept, the spoiled bundles are not."""
+    folder = bench.folder / "faults" / name
+    bundles = Path(shutil.copytree(bench.bundles, folder / "bundles"))
+    members = [bundles / member.name for member in bench.members]
+    fault.before(bundles / bench.victim)
+    place, limit_s = folder / "run", fault.limit_s or fault.seconds
+    with own_disk(place, fault.disk_mb):
+        run = Run.start(fault.command(members, bench.competition / TEST, bench.sample, place / SUBMISSION), place, folder / "run.log")
+        fault.during(run)
+        code = _finish(run, max(0.0, limit_s + _STUCK_S - run.seconds))
+        seconds, objection = run.seconds, bench.objection(run.submission)
+        metric = None if objection else bench.score(run.submission)
+        orphans = _bury(run, ())
+        entry = {
+            "what": fault.what,
+            "happened": "; ".join(part for part in (_happened(run, code, folder / "run.log"), objection, orphans) if part),
+            "valid": not objection,
+            "in_time": code is not None and seconds <= limit_s + GRACE_S and not orphans,
+            "seconds": round(seconds, 1),
+            "rows_scored": max(run.outcome.get("scored", {}).values(), default=0),
+            "map@3": metric,
+            "lost": None if metric is None else round(bench.metric - metric, 4),
+        }
+    shutil.rmtree(bundles)
+    return entry
+
+
+def _happened(run: Run, code: int | None, log: Path) -> str:
+    """What the run said of its end: why members failed, or the last line of its log."""
+    if code is None:
+        return "it did not end and was killed"
+    failures = "; ".join(f"{member}: {why}" for member, why in run.outcome.get("failures", {}).items())
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith(("error: ", "warning: "))]
+    said = failures or (lines[-1] if lines else "every member scored every row" if code == 0 else "it did not say why")
+    return f"exit code {code}: {said}"[:_SHOWN]
