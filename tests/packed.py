@@ -7,14 +7,18 @@ import gc
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
+
 from kit.sample import write_sample
 
 TRAIN_ROWS, TEST_ROWS, PASSAGES = 24, 10, 40
+OOF_ROWS = 90  # of members that are made to need each other: fewer than 30 say nothing about a blend
 NAMES = ("plain", "reader", "second-reader")
 LAYOUTS = ("{slug}", "datasets/owner/{slug}")  # below the mounts, as the site once did and does now
 RECIPE = """
@@ -124,14 +128,42 @@ def mount(datasets: Iterable[Path], root: Path, layout: str = LAYOUTS[0]) -> Pat
 
 
 def change_member(folder: Path, *overrides: str) -> None:
-    """Change the recipe inside a member bundle and write a manifest to match: a bundle that is whole, but of other settings."""
-    from kit import manifest
+    """Change the recipe inside a member bundle: a bundle that is whole, but of other settings."""
     from kit.config import Recipe
 
-    old = manifest.read(folder)
     recipe = Recipe.load(folder / "recipe.toml", overrides)
     (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    manifest.write(folder, old.name, old.kind, **old.meta)
+    seal(folder)
+
+
+def seal(folder: Path, **meta: object) -> None:
+    """Write a manifest that matches what is in a bundle now, with these values changed."""
+    from kit import manifest
+
+    old = manifest.read(folder)
+    manifest.write(folder, old.name, old.kind, **{**old.meta, **meta})
+
+
+def complement(folders: Sequence[Path], rows: int = OOF_ROWS) -> None:
+    """Make members need each other: by their OOF predictions each knows the answers to its share of the rows, and guesses at the others."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(5, size=rows)
+    for number, folder in enumerate(folders):
+        prediction = rng.dirichlet(np.full(5, 20.0), size=rows)
+        knows = np.arange(rows) % len(folders) == number
+        prediction[knows] = 0.1 * prediction[knows] + 0.9 * np.eye(5)[targets[knows]]
+        write_oof(folder, targets, prediction)
+
+
+def write_oof(folder: Path, targets: np.ndarray, prediction: np.ndarray, ids: Sequence[str] | None = None, **views: np.ndarray) -> None:
+    """Replace a member's OOF predictions (n, C), in further views too; without contexts."""
+    rows, width = prediction.shape
+    columns = {"id": list(ids or map(str, range(rows))), "fold": np.arange(rows) % 2, "t0": targets}
+    columns |= {f"p{k}": prediction[:, k].astype(np.float32) for k in range(width)}
+    columns |= {f"p{k}@{view}": values[:, k].astype(np.float32) for view, values in views.items() for k in range(width)}
+    columns |= {f"{name}{k}": np.full(rows, value, np.float32) for name, value in (("overlap", np.nan), ("length", 9)) for k in range(width)}
+    pd.DataFrame(columns).to_parquet(folder / "oof.parquet", index=False)
+    seal(folder)
 
 
 def damage(path: Path) -> None:

@@ -185,8 +185,8 @@ class Blend:
         shared = np.flatnonzero(_scored(rows.logs).all(0))
         merits = {method: self.merit(prediction[shared], rows.targets[shared]) for method, prediction in nested.items()}
         blend, chosen = _decide(merits)
-        oof = nested["single"].astype(np.float32)
-        for fold in range(_FOLDS) if len(shared) >= _FEW else ():
+        oof = np.empty_like(nested["single"], np.float32)
+        for fold in range(_FOLDS):
             held, others = self._folds == fold, self._folds[shared] != fold
             _, method = _decide({name: values[others] for name, values in merits.items()})
             oof[held] = nested[method][held]
@@ -262,8 +262,7 @@ def _hill(rows: _Rows, merit: Merit) -> _Pool:
         total += logs[added]
         if values[added] > top:
             top, shares = values[added], counts / size
-    mean = np.where(_scored(rows.logs).any(axis=0, keepdims=True).T, np.tensordot(shares, logs, 1), np.nan)
-    return _Pool(shares * scale * _likeliest(mean[None], rows.targets))
+    return _Pool(shares * scale * _likeliest(np.tensordot(shares, logs, 1)[None], rows.targets))
 
 
 def _ranker(rows: _Rows, merit: Merit) -> _Pool:

@@ -19,7 +19,9 @@ PATIENCE_S = 60.0
 _SLACK = 3.0  # times the upper end of a forecast without a sign of life, beyond patience: a hang
 _FEWER_TOKENS = 4  # a batch's tokens are divided by this when memory ran out
 _FETCH_ROWS = 256  # rows of the first request for contexts
-_FETCH_S = 10.0  # seconds that a later one should take
+_FETCH_S = 10.0  # seconds that a later one should take, …
+_MOST_FETCH_ROWS = 2048  # … of so many rows at most
+_OPENING = 5  # times the patience with the first request, which opens the index
 _FETCH_SHARE = 0.5  # of the time left: contexts that would take more are not waited for, those that are there are used
 
 
@@ -49,7 +51,10 @@ class Listener(Protocol):
 
 @dataclass
 class Span:
-    """A slot's work on one order. Times are seconds since the budget began. state: "done", "failed", "cut" (by the deadline) or "busy"."""
+    """A slot's work on one order. Times are seconds since the budget began. state: "done", "failed", "cut" (by the deadline) or "busy".
+
+    sign: time of the last sign of life. step: how often its member or retriever had been made smaller when it began.
+    """
 
     slot: int
     name: str
@@ -61,6 +66,7 @@ class Span:
     start: float
     sign: float
     key: str = ""
+    step: int = 0
     serial: int = 0
     end: float = 0.0
     load_s: float = 0.0
@@ -105,26 +111,34 @@ class Dispatch:
         self._serial = 0
 
     def run(self) -> None:
-        """Until nothing with a positive gain is left that would end in time, or the reserve begins."""
+        """Until nothing with a positive gain is left that may end in time, or the reserve begins."""
+        changed = True
         while (remaining := self.budget.remaining()) > 0:
-            for slot in range(len(self.crew.slots)):
+            for slot in range(len(self.crew.slots)) if changed else ():
                 if slot not in self._busy:
                     self._fill(slot)
             if not self._busy:
                 return
             patience = min(span.sign + self._patience(span) for span in self._busy.values()) - self.budget.elapsed()
-            for event in self.crew.wait(max(0.0, min(remaining, patience))):
+            events = self.crew.wait(max(0.0, min(remaining, patience)))
+            for event in events:
                 self._handle(event)
-            for span in list(self._busy.values()):
-                if self.budget.elapsed() - span.sign >= self._patience(span):
-                    self._fail(span, f"no sign of life for {self._patience(span):.0f} s", memory=False)
+            changed = any(event.kind != "beat" for event in events) | self._give_up_hangs()
         for span in list(self._busy.values()):
             self._end(span, "cut")
             self.crew.dismiss(span.slot)
         self.listener.decided("the time is up")
 
+    def _give_up_hangs(self) -> bool:
+        """Whether there were any."""
+        hangs = [span for span in self._busy.values() if self.budget.elapsed() - span.sign >= self._patience(span)]
+        for span in hangs:
+            self._fail(span, f"no sign of life for {self._patience(span):.0f} s", memory=False)
+        return bool(hangs)
+
     def _patience(self, span: Span) -> float:
-        return max(self.patience_s, _SLACK * span.forecast.high)
+        opens = span.key and not self.planner.fetch[span.key].measurements
+        return max(self.patience_s * (_OPENING if opens else 1), _SLACK * span.forecast.high)
 
     # --- giving out work ---------------------------------------------------------------------------------------------------------
 
@@ -148,7 +162,7 @@ class Dispatch:
     def _fetch(self, slot: int, key: str) -> None:
         """Ask for the next contexts of those this slot is to fetch."""
         cost, rest = self.planner.fetch[key], self._to_fetch[slot]
-        count = max(1, int(_FETCH_S / cost.forecast().mid)) if cost.measurements else _FETCH_ROWS
+        count = min(max(1, int(_FETCH_S / cost.forecast().mid)), _MOST_FETCH_ROWS) if cost.measurements else _FETCH_ROWS
         rows, self._to_fetch[slot] = rest[:count], rest[count:]
         self.planner.fetching(key)
         now = self.budget.elapsed()
@@ -157,7 +171,7 @@ class Dispatch:
 
     def _begin(self, span: Span) -> None:
         self._serial += 1
-        span.serial = self._serial
+        span.serial, span.step = self._serial, self._steps.get(span.key or span.name, 0)
         self._busy[span.slot] = span
         self.spans.append(span)
 
@@ -222,7 +236,7 @@ class Dispatch:
             self.no_contexts[span.key] = why
             self.planner.fetched(span.key)
             self.listener.decided(f"{name}: {why}: what reads them is scored without")
-        else:
+        elif span.name not in self.planner.dropped:
             self.planner.drop(span.name, why)
         if span.key and smaller:
             self.planner.fetched(span.key, np.empty(0, np.int64))
@@ -230,7 +244,9 @@ class Dispatch:
     def _back_off(self, span: Span, device: str) -> str:
         """The next smaller way to do it, in words; empty if there is none left."""
         name = span.key or span.name
-        step = self._steps[name] = self._steps.get(name, 0) + 1
+        if self._steps.get(name, 0) > span.step:
+            return "it began before the last step back, once more"
+        step = self._steps[name] = span.step + 1
         if span.key:
             return "once more" if step == 1 else ""
         now = self._settings[span.name]

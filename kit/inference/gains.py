@@ -91,4 +91,5 @@ def _learn(doubt: np.ndarray, gain: np.ndarray) -> Curve:
     bins = np.array_split(order, int(np.clip(len(order) // _ROWS_PER_BIN, 1, _MOST_BINS)))
     centres = np.array([doubt[rows].mean() for rows in bins])
     means = np.array([(gain[rows].sum() + _PRIOR_ROWS * gain.mean()) / (len(rows) + _PRIOR_ROWS) for rows in bins])
-    return Curve(centres, means)
+    centres, same = np.unique(centres.round(9), return_inverse=True)  # np.interp wants doubts that differ
+    return Curve(centres, np.bincount(same, means) / np.bincount(same))

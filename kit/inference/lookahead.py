@@ -16,6 +16,7 @@ from kit.inference.gains import NOTHING, Gains, Pattern
 
 _ROWS = 300  # OOF rows that are played with
 _TURNS = 10  # parts in which a source scores the rows
+_LEAST_GAIN = 1e-9  # of what the final blend uses
 _BETTER = 1e-4  # in the metric: less does not decide
 _INSURANCE = 0.05  # share of the time for which the cheapest source is taken in any case, so that there is something if all else fails
 
@@ -34,11 +35,18 @@ class Step(NamedTuple):
         return self.load + self.seconds + self.fetch
 
 
+class _Turn(NamedTuple):
+    rate: float
+    name: str
+    rows: np.ndarray
+    seconds: float
+
+
 def worth_having(
     gains: Gains, steps: Mapping[str, Step], core: Pattern, effective: Callable[[Pattern], Pattern], seconds: float
 ) -> frozenset[str]:
     """The sources to score. seconds: per row. core: what the final blend uses. effective: what counts of a pattern."""
-    play = cache(lambda allowed: _play(gains, {name: steps[name] for name in sorted(allowed)}, core, effective, seconds))
+    play = cache(lambda allowed: _Play(gains, {name: steps[name] for name in sorted(allowed)}, core, effective).merit(seconds))
     everything, useful = frozenset(steps), frozenset(steps) & core
     best = useful or everything
     if sum(steps[name].whole for name in best) > seconds:
@@ -54,44 +62,47 @@ def worth_having(
     return best | {cheapest} if cheapest and steps[cheapest].whole <= _INSURANCE * seconds else best
 
 
-def _play(gains: Gains, steps: Mapping[str, Step], core: Pattern, effective: Callable[[Pattern], Pattern], seconds: float) -> float:
-    """The mean merit at the end, if always the source with the highest gain per second is next."""
-    total = len(gains.merits(NOTHING))
-    rows = np.linspace(0, total - 1, min(_ROWS, total)).astype(int)
-    patterns, at = [NOTHING], np.zeros(len(rows), int)
-    left, loaded = seconds * len(rows), ""
-    chunk = -(-len(rows) // _TURNS)
-    while True:
-        doubt = np.select([at == k for k in range(len(patterns))], [gains.doubts(pattern)[rows] for pattern in patterns])
-        best_rate, best = 0.0, None
-        for name, step in steps.items():
-            gain, after = _gains(gains, name, patterns, at, doubt, core, effective)
-            order = np.argsort(-gain, kind="stable")
-            order = order[gain[order] > 0]
-            ends = (name != loaded) * step.load * len(rows) + (step.seconds + step.fetch) * np.arange(1, len(order) + 1)
-            limit = int(np.searchsorted(ends, left, "right"))
-            if limit and (rate := float((np.cumsum(gain[order[:limit]]) / np.maximum(ends[:limit], 1e-12)).max())) > best_rate:
-                count = min(chunk, limit)
-                best_rate, best = rate, (name, order[:count], float(ends[count - 1]), after)
-        if best is None:
-            return float(np.mean([gains.merits(patterns[k])[row] for k, row in zip(at, rows, strict=True)]))
-        loaded, chosen, spent, after = best
-        for pattern in after.values():
-            if pattern not in patterns:
-                patterns.append(pattern)
-        at[chosen] = [patterns.index(after[k]) for k in at[chosen]]
-        left -= spent
+class _Play:
+    """A run on a sample of the OOF rows, with some sources: always the one with the highest gain per second is next."""
 
+    def __init__(self, gains: Gains, steps: Mapping[str, Step], core: Pattern, effective: Callable[[Pattern], Pattern]) -> None:
+        total = len(gains.merits(NOTHING))
+        self._gains, self._steps, self._core, self._effective = gains, steps, core, effective
+        self._rows = np.linspace(0, total - 1, min(_ROWS, total)).astype(int)
+        self._patterns = np.full(len(self._rows), NOTHING, object)
+        self._gain = {name: np.zeros(len(self._rows)) for name in steps}
+        self._look(np.arange(len(self._rows)))
 
-def _gains(
-    gains: Gains, name: str, patterns: list[Pattern], at: np.ndarray, doubt: np.ndarray, core: Pattern, effective: Callable[[Pattern], Pattern]
-) -> tuple[np.ndarray, dict[int, Pattern]]:
-    """The expected gain of every row, 0 where the source adds nothing, and the pattern that each pattern becomes."""
-    gain, after = np.zeros(len(at)), {}
-    for k in np.unique(at).tolist():
-        before = patterns[k]
-        after[k] = effective(before | {name})
-        if after[k] != before:
-            here = at == k
-            gain[here] = np.maximum(gains.curve(before, after[k])(doubt[here]), 1e-9 if name in core else 0.0)
-    return gain, after
+    def merit(self, seconds: float) -> float:
+        """The mean merit when so many seconds per row are spent."""
+        left, loaded = seconds * len(self._rows), ""
+        while turns := [turn for name in self._steps if (turn := self._turn(name, loaded, left))]:
+            turn = max(turns, key=lambda turn: turn.rate)
+            for row in turn.rows:
+                self._patterns[row] = self._effective(self._patterns[row] | {turn.name})
+            self._look(turn.rows)
+            left, loaded = left - turn.seconds, turn.name.partition("@")[0]
+        return float(np.mean([self._gains.merits(pattern)[row] for pattern, row in zip(self._patterns, self._rows, strict=True)]))
+
+    def _turn(self, name: str, loaded: str, left: float) -> _Turn | None:
+        """A source's next part of the rows; None if it has nothing to add or no time."""
+        gain, step = self._gain[name], self._steps[name]
+        order = np.argsort(-gain, kind="stable")
+        order = order[: np.count_nonzero(gain > 0)]
+        ends = (name.partition("@")[0] != loaded) * step.load * len(gain) + (step.seconds + step.fetch) * np.arange(1, len(order) + 1)
+        limit = int(np.searchsorted(ends, left, "right"))
+        if not limit:
+            return None
+        rate = float((np.cumsum(gain[order[:limit]]) / np.maximum(ends[:limit], 1e-12)).max())
+        count = min(-(-len(gain) // _TURNS), limit)
+        return _Turn(rate, name, order[:count], float(ends[count - 1]))
+
+    def _look(self, rows: np.ndarray) -> None:
+        """The gains of all sources on rows whose pattern has changed."""
+        for before in set(self._patterns[rows]):
+            here = rows[self._patterns[rows] == before]
+            doubt = self._gains.doubts(before)[self._rows[here]]
+            for name, gain in self._gain.items():
+                after = self._effective(before | {name})
+                least = _LEAST_GAIN if name in self._core else 0.0
+                gain[here] = np.maximum(self._gains.curve(before, after)(doubt), least) if after != before else 0.0

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kit.budget import Budget
 from kit.data.tables import read_table
 from kit.errors import BundleError, DataError, KitError
 from kit.inference import cost
-from kit.inference.crew import Processes
+from kit.inference.crew import Crew, Processes
 from kit.inference.dispatch import PATIENCE_S, Dispatch, Settings
 from kit.inference.member import Member, Weighed, weigh
 from kit.inference.planner import Pass, Planner, Player
@@ -77,8 +77,8 @@ def infer(
     root: Path | None = None,
     use_contexts: bool = True,
     method: str = "auto",
-    devices: Sequence[str] | None = None,
     patience_s: float = PATIENCE_S,
+    open_crew: Callable[[Path], Crew] = Processes.open,
 ) -> Outcome:
     """Score a test set with the member bundles named (folders, or names mounted below `root`) and write the submission.
 
@@ -87,8 +87,8 @@ def infer(
     names it. State and log go to `<out>.run` beside the submission; the same call continues there. Raises DataError for a wrong test set and
     BundleError if no member can be used, both after the fallback submission is written where that is possible.
 
-    use_contexts = False scores without retrieval, to see what it is worth. method: of the blend, as in kit.inference.blend. devices: one slot for each
-    (None: all GPUs, or the CPU). patience_s: a scoring process that gives no sign of life for so long hangs.
+    use_contexts = False scores without retrieval, to see what it is worth. method: of the blend, as in kit.inference.blend. patience_s: a scoring
+    process that gives no sign of life for so long hangs. open_crew: who scores, opened on the run folder.
     """
     root = root or runtime.input_root()
     if test is None:
@@ -96,7 +96,7 @@ def infer(
         test, sample = folder / "test.csv", sample or _fitting_sample(folder)
     if bundles is None:
         bundles = [folder for _, folder in sorted(paths.find_bundles(root).items()) if manifest.read(folder).kind == "member"]
-    options = _Options(bundles, Path(test), Path(out), sample, root, use_contexts, method, devices, patience_s)
+    options = _Options(bundles, Path(test), Path(out), sample, root, use_contexts, method, patience_s, open_crew)
     return _Inference(options, budget or Budget()).run()
 
 
@@ -123,8 +123,8 @@ class _Options:
     root: Path
     use_contexts: bool
     method: str
-    devices: Sequence[str] | None
     patience_s: float
+    open_crew: Callable[[Path], Crew]
 
 
 @dataclass
@@ -145,7 +145,7 @@ class _Inference:
             self.examples = self.submission.examples
             self.submission.write()
         self._make_folder(members)
-        crew = Processes.open(self.folder, devices=self.options.devices)  # it begins to import what scoring needs
+        crew = self.options.open_crew(self.folder)  # it begins to import what scoring needs
         try:
             with self.budget.measure("verify"):
                 self.members, indexes = self._verify(members)
@@ -323,7 +323,7 @@ class _Inference:
 
     _next_write = 0.0
 
-    def _try_to(self, write: Any) -> None:
+    def _try_to(self, write: Callable[[], None]) -> None:
         """Write something; a disk that is full must not cost the run."""
         try:
             write()

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 FULL = "full"
 _CHUNKS = 50  # a chunk takes at most this part of the time left, …
 _CHUNK_S = (2.0, 20.0)  # … and lasts so many seconds at least and at most: long enough to cost nothing extra, short enough to change plans
+_CHANCES = (0.95, 0.5, 0.05, 0.0005)  # that work ends by the high end, the middle, the low end, and half of that way further below
+_HIGH, _MID, _LOW = 0, 1, 2
 _LEAST_GAIN = 1e-9  # of a source that the final blend uses: with time to spare, all of it is scored
 _REPEAT = 0.005  # gain of a member's second fit, as long as no row was scored by two; the k-th brings 1/k(k-1) of twice that
 _REPEAT_ROWS = 50  # rows with two fits that count as much as this guess
@@ -73,9 +75,17 @@ class Choice:
 
 
 class _Candidate(NamedTuple):
+    """A possible choice. rows: all that it may come to, the best first; missing: which lack their contexts; rates: gain per second of each alone.
+
+    first: rows of the next chunk. reach: rows until the rate of them all, with what is paid once, is highest. rate: that, by the chance that it works.
+    """
+
     work: Pass
     rows: np.ndarray
-    prepare: np.ndarray
+    missing: np.ndarray
+    rates: np.ndarray
+    first: int
+    reach: int
     gain: float
     forecast: Interval
     rate: float
@@ -113,11 +123,14 @@ class Planner:
         self._fetched = {player.key: np.zeros(self.rows, bool) for player in self.players if player.key}
         self._busy_keys: set[str] = set()
         self._has = {source: np.zeros(self.rows, bool) for source in self._sources}
+        self._count = {source: np.zeros(self.rows, int) for source in self._sources}  # fits that have scored a row, or are about to
         self._mean = {source: np.full((self.rows, self.width), np.nan, np.float32) for source in self._sources}
         self._prediction = np.full((self.rows, self.width), np.nan, np.float32)
         self._doubt = self.doubt(self._prediction)
         self._patterns: list[Pattern] = [NOTHING]
         self._pattern = np.zeros(self.rows, int)  # index into _patterns
+        self._first = {source: np.zeros(self.rows) for source in self._sources}  # gain of a source's first fit, …
+        self._stale = {source: np.ones(self.rows, bool) for source in self._sources}  # … where it is not to be computed anew
         self._regret_sum = self._regret_rows = 0.0
         self._wanted: frozenset[str] | None = None
         self._wanted_for = 0.0
@@ -131,17 +144,19 @@ class Planner:
     def take(self, work: Pass, rows: np.ndarray) -> None:
         """These rows are being scored."""
         self._mask(self._taken, work)[rows] = True
+        self._recount(work.source, rows)
 
     def release(self, work: Pass, rows: np.ndarray) -> None:
         """These rows are not being scored any more."""
         self._mask(self._taken, work)[rows] = False
+        self._recount(work.source, rows)
 
     def record(self, work: Pass, rows: np.ndarray, prediction: np.ndarray) -> None:
         """Predictions (n, C) of these rows have come; a row that is not finite was tried and is left out."""
-        self.release(work, rows)
         self._mask(self._tried, work)[rows] = True
         scores = self._scores.setdefault(work, np.full((self.rows, self.width), np.nan, np.float32))
         scores[rows] = np.where(np.isfinite(prediction).all(-1, keepdims=True), prediction, np.nan)
+        self.release(work, rows)
         if work.source in self._has:
             self._average(work, rows)
             self._pool(rows)
@@ -191,10 +206,11 @@ class Planner:
 
     def left(self) -> dict[str, int]:
         """Rows × fits that members of the final blend have not scored, by member."""
-        open_rows = {work.member: 0 for work in self._core_passes()}
-        for work in self._core_passes():
-            open_rows[work.member] += int((~self._mask(self._tried, work)).sum())
-        return {member: count for member, count in open_rows.items() if count}
+        rows: dict[str, int] = {}
+        for work in self._works(self._core):
+            if count := int((self._open(work) | self._mask(self._taken, work)).sum()):
+                rows[work.member] = rows.get(work.member, 0) + count
+        return rows
 
     def player(self, name: str) -> Player:
         """The player of that name."""
@@ -208,87 +224,114 @@ class Planner:
     # --- what is next ------------------------------------------------------------------------------------------------------------
 
     def next(self, loaded: Pass | None, remaining: float, slots: int = 1) -> Choice | None:
-        """The best use of a free slot that has this pass's fit loaded; None if nothing that would end in time has a positive gain."""
+        """The best use of a free slot that has this pass's fit loaded; None if nothing that may end in time has a positive gain."""
+        if remaining <= 0:
+            return None
         wanted = self._decide(remaining * slots)
-        found = [candidate for work in self._works(wanted) if (candidate := self._candidate(work, loaded, remaining, slots))]
+        found = list(self._candidates(wanted, loaded, remaining, slots))
+        found = found or list(self._candidates(frozenset(self._sources) - wanted, loaded, remaining, slots))  # better than to stop early
         if not found:
             return None
         best, *others = sorted(found, key=lambda candidate: -candidate.rate)
-        return Choice(*best[:5], self._explain(best, next((other for other in others if other.work.source != best.work.source), None)))
+        other = next((other for other in others if other.work.source != best.work.source), None)
+        reach = max(best.reach, int((best.rates >= other.rate).sum()) if other else len(best.rows))  # one retrieval for all that comes before the other
+        prepare = best.rows[:reach][best.missing[:reach]]
+        return Choice(best.work, best.rows[: best.first], prepare, best.gain, best.forecast, self._explain(best, len(prepare), other))
 
-    def _works(self, wanted: Collection[str]) -> Iterator[Pass]:
+    def _works(self, sources: Collection[str]) -> Iterator[Pass]:
+        """The passes of these sources that could still score something. A view that stands in for the full one is worth one fit."""
         for player in self.players:
-            if player.name in self.dropped or player.key in self._busy_keys:
-                continue
-            for view in self._views[player.name]:
-                for fit in player.fits if view == self._views[player.name][0] else player.fits[:1]:
-                    work = Pass(player.name, fit, view)
-                    if work.source in wanted:
-                        yield work
+            for view in self._views[player.name] if player.name not in self.dropped else ():
+                if Pass(player.name, "", view).source in sources:
+                    several = view == self._views[player.name][0] or view in player.more
+                    yield from (Pass(player.name, fit, view) for fit in (player.fits if several else player.fits[:1]))
 
-    def _candidate(self, work: Pass, loaded: Pass | None, remaining: float, slots: int) -> _Candidate | None:
+    def _candidates(self, sources: Collection[str], loaded: Pass | None, remaining: float, slots: int) -> Iterator[_Candidate]:
+        """What a slot could do next: with rows that are ready, and with rows whose contexts would be retrieved first."""
+        untouched: set[str] = set()
+        for work in self._works(sources):
+            key, ready = self._by_name[work.member].key, loaded is not None and (loaded.member, loaded.fit) == work[:2]
+            if not ready and work not in self._tried and work not in self._taken:
+                if work.source in untouched:
+                    continue  # as good as the fit before
+                untouched.add(work.source)
+            gain = self._gain(work)
+            rows = np.flatnonzero(self._open(work) & (gain > 0))
+            missing = ~self._fetched[key][rows] if key else np.zeros(len(rows), bool)
+            plans = [] if missing.all() else [(rows[~missing], missing[~missing], not ready)]
+            if missing.any() and key not in self._busy_keys:
+                plans.append((rows, missing, True))  # retrieval takes the member's place in memory
+            for some, first, load in plans:
+                if candidate := self._candidate(work, some, gain[some], first, load, remaining, slots):
+                    yield candidate
+
+    def _candidate(
+        self, work: Pass, rows: np.ndarray, gain: np.ndarray, missing: np.ndarray, load: bool, remaining: float, slots: int
+    ) -> _Candidate | None:
         player = self._by_name[work.member]
-        rows, gain = self._open_rows(work)
-        if not len(rows):
-            return None
+        loads, token = _levels(player.load.forecast() if load else Interval(0, 0, 0)), _levels(player.token.forecast())
+        fetch = _levels(self.fetch[player.key].forecast() if player.key and missing.any() else Interval(0, 0, 0))
         tokens = player.sizes[work.view][rows]
-        order = np.argsort(-gain / tokens, kind="stable")
-        rows, gain, tokens = rows[order], np.cumsum(gain[order]), np.cumsum(tokens[order])
-        missing = ~self._fetched[player.key][rows] if player.key else np.zeros(len(rows), bool)
-        ready = loaded is not None and (loaded.member, loaded.fit) == work[:2]
-        ends = self._ends(player, 0.0 if ready else 1.0, tokens, np.cumsum(missing))
-        limit = next((n for end in reversed(ends) if (n := int(np.searchsorted(end, remaining, "right")))), 0)
-        if not limit:
+        alone = gain / np.maximum(token[_MID] * tokens + fetch[_MID] * missing, 1e-12)
+        order = np.argsort(-alone, kind="stable")
+        rows, missing, alone = rows[order], missing[order], alone[order]
+        gain, tokens, fetches = np.cumsum(gain[order]), np.cumsum(tokens[order]), np.cumsum(missing)
+        ends = [loads[k] + token[k] * tokens + fetch[k] * fetches for k in range(len(_CHANCES))]
+        limit, chance = next(((n, p) for end, p in zip(ends, _CHANCES, strict=True) if (n := int(np.searchsorted(end, remaining, "right")))), (0, 0.0))
+        if not limit or (load and self._others_finish(work, loads[_MID], token[_MID] * tokens[-1], remaining)):
             return None
-        rates = gain[:limit] / np.maximum(ends[1][:limit], 1e-12)
-        reach = 1 if ready and not missing.any() else int(rates.argmax()) + 1  # what is paid once is worth it for many rows
-        seconds = float(np.clip(remaining / _CHUNKS, *_CHUNK_S))
-        token = player.token.forecast()
-        chunk = int(np.searchsorted(tokens * (token.mid if player.token.measurements else token.high), seconds, "right"))
-        chunk = int(np.clip(chunk if slots == 1 else min(chunk, len(rows) // (2 * slots)), 1, limit))
-        forecast = Interval(*(float(end[chunk - 1]) for end in ends))
-        return _Candidate(work, rows[:chunk], rows[:reach][missing[:reach]], float(gain[chunk - 1]), forecast, float(rates[reach - 1]))
+        rates = gain[:limit] / np.maximum(ends[_MID][:limit], 1e-12)
+        reach = int(rates.argmax()) + 1 if load else 1  # what is paid once is worth it for many rows
+        seconds = tokens * (token[_MID] if player.token.measurements else token[_HIGH])
+        count = _chunk(seconds, remaining, slots, limit)
+        forecast = Interval(*(float(ends[k][count - 1]) for k in (_LOW, _MID, _HIGH)))
+        rate = chance * float(rates[reach - 1])
+        return _Candidate(work, rows[:limit], missing[:limit], alone[:limit], count, reach, float(gain[count - 1]), forecast, rate)
 
-    def _ends(self, player: Player, loads: float, tokens: np.ndarray, missing: np.ndarray) -> list[np.ndarray]:
-        """Seconds until each row is done, if all before it are: low, mid, high."""
-        load, token = player.load.forecast(loads) if loads else Interval(0, 0, 0), player.token.forecast()
-        fetch = self.fetch[player.key].forecast() if player.key else Interval(0, 0, 0)
-        return [load[k] + token[k] * tokens + fetch[k] * missing for k in range(3)]
+    def _others_finish(self, work: Pass, load: float, rest: float, remaining: float) -> bool:
+        """Whether slots that have scored with this pass, and go on, will be through with the rest before this slot could begin."""
+        return rest <= min(load, remaining) and bool(self._mask(self._taken, work).any()) and bool(self._mask(self._tried, work).any())
 
-    def _open_rows(self, work: Pass) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that this pass could still score, and the gain expected of each; only those with a positive one."""
+    def _open(self, work: Pass) -> np.ndarray:
+        """Rows (N,) that this pass could still score: bool."""
         can = ~(self._mask(self._tried, work) | self._mask(self._taken, work))
-        first = self._views[work.member][0]
-        if work.view != first and work.view not in self._by_name[work.member].more:
-            can &= ~(self._has[work.source] | self._has[Pass(work.member, "", first).source])
-        rows = np.flatnonzero(can)
-        gain = self._gain(work, rows)
-        return rows[gain > 0], gain[gain > 0]
+        full = Pass(work.member, "", FULL).source
+        if work.source != full and not self._is_more(work.source):
+            can &= self._count[full] == 0 if full in self._count else True
+            if work.view != self._views[work.member][0]:
+                can &= self._count[work.source] == 0
+        return can
 
-    def _gain(self, work: Pass, rows: np.ndarray) -> np.ndarray:
-        """Expected gain (n,) of scoring these rows."""
-        gain = np.zeros(len(rows))
-        others = sum(self._mask(self._taken, other)[rows].astype(int) for other in self._fellows(work))
-        scored = sum((np.isfinite(self._scores[other][rows, 0]) for other in self._fellows(work) if other in self._scores), np.zeros(len(rows), int))
-        count = scored + others
-        for number in np.unique(self._pattern[rows[count == 0]]):
-            here = (self._pattern[rows] == number) & (count == 0)
+    def _gain(self, work: Pass) -> np.ndarray:
+        """Expected gain (N,) of scoring each row."""
+        source, count = work.source, self._count[work.source]
+        gain = self._first_gain(source)
+        if count.any():
+            gain = np.where(count > 0, self._repeat_gain(source, count), gain)
+        return np.maximum(gain, _LEAST_GAIN) if source in self._core else gain
+
+    def _first_gain(self, source: str) -> np.ndarray:
+        """Of the source's first fit (N,)."""
+        gain, rows = self._first[source], np.flatnonzero(self._stale[source])
+        for number in np.unique(self._pattern[rows]).tolist():
             before = self._patterns[number]
-            gain[here] = self.gains.curve(before, self._effective(before | {work.source}))(self._doubt[rows[here]])
-        again = count > 0
-        gain[again] = self._repeat_gain(work, rows[again], count[again])
-        return np.maximum(gain, _LEAST_GAIN) if work.source in self._core else gain
+            after = self._effective(before | {source})
+            here = rows[self._pattern[rows] == number]
+            gain[here] = self.gains.curve(before, after)(self._doubt[here]) if after != before else 0.0
+        self._stale[source][rows] = False
+        return gain
 
-    def _repeat_gain(self, work: Pass, rows: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Of one more fit of a source: averaging k predictions takes 1/k of what varies between them away."""
+    def _repeat_gain(self, source: str, count: np.ndarray) -> np.ndarray:
+        """Of one more fit of a source (N,): averaging k predictions takes 1/k of what varies between them away."""
         second = (_REPEAT * _REPEAT_ROWS + self._regret_sum) / (_REPEAT_ROWS + self._regret_rows)
         weights = self.blend.weights(self._core or frozenset(self._sources))
-        share = weights.get(work.source, 0.0) / (sum(weights.values()) or 1.0)
-        doubt = self._doubt[rows]
-        return second * share * 2.0 / (count * (count + 1)) * doubt / max(float(self._doubt.mean()), 1e-6)
+        share = weights.get(source, 0.0) / (sum(weights.values()) or 1.0)
+        count = np.maximum(count, 1)
+        return second * share * 2.0 / (count * (count + 1)) * self._doubt / max(float(self._doubt.mean()), 1e-6)
 
-    def _explain(self, best: _Candidate, other: _Candidate | None) -> str:
-        text = f"{best.work.member} {best.work.fit} {best.work.view} on {len(best.rows)} rows: +{best.gain / self.rows:.5f} in {best.forecast.mid:.1f} s"
+    def _explain(self, best: _Candidate, contexts: int, other: _Candidate | None) -> str:
+        text = f"contexts of {contexts} rows for " if contexts else ""
+        text += f"{best.work.member} {best.work.fit} {best.work.view} on {best.first} rows: +{best.gain / self.rows:.5f} in {best.forecast.mid:.1f} s"
         text += f" ({best.forecast.low:.1f} to {best.forecast.high:.1f}), {best.rate / self.rows:.2e} per s"
         return text + (f"; next best {other.work.source} with {other.rate / self.rows:.2e}" if other else "; nothing else to do")
 
@@ -296,32 +339,28 @@ class Planner:
 
     def _decide(self, seconds: float) -> frozenset[str]:
         """The sources to score in this many seconds; decided again when the forecast of the whole has moved."""
-        spent = sum(self._seconds(work) * float(self._mask(self._tried, work).mean()) for work in self._tried)
-        horizon = (seconds + spent) / max(sum(self._seconds(work) for work in self._core_passes()), 1e-9)
+        steps = {work.source: self._step(work) for work in self._works(self._sources)}
+        whole = seconds / self.rows + sum(self._spent(source, step) for source, step in steps.items())
+        horizon = whole / max(sum(step.whole for source, step in steps.items() if source in self._core), 1e-12)
         if self._wanted is None or abs(horizon / self._wanted_for - 1) > _MOVED:
-            steps = {source: self._step(source) for source in self._sources if source.partition("@")[0] not in self.dropped}
-            wanted = worth_having(self.gains, steps, self._core, self._effective, (seconds + spent) / self.rows)
+            wanted = worth_having(self.gains, steps, self._core, self._effective, whole)
             if wanted != self._wanted:
                 left_out = sorted(set(steps) - wanted)
                 self.on_decision(f"worth having in {seconds:.0f} s: {', '.join(sorted(wanted))}" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
             self._wanted, self._wanted_for = wanted, horizon
         return self._wanted
 
-    def _step(self, source: str) -> Step:
+    def _step(self, work: Pass) -> Step:
         """Mean cost of a source, per row of the test set."""
-        member, _, view = source.partition("@")
-        player = self._by_name[member]
+        player = self._by_name[work.member]
         fetch = self.fetch[player.key].forecast().mid * float((~self._fetched[player.key]).mean()) if player.key else 0.0
-        seconds = player.token.forecast().mid * float(player.sizes[view or FULL].mean())
+        seconds = player.token.forecast(float(player.sizes[work.view].mean())).mid
         return Step(player.load.forecast().mid / self.rows, seconds, player.key or "", fetch)
 
-    def _seconds(self, work: Pass) -> float:
-        player = self._by_name[work.member]
-        return player.token.forecast(float(player.sizes[work.view].sum())).mid
-
-    def _core_passes(self) -> list[Pass]:
-        split = [source.partition("@") for source in sorted(self._core)]
-        return [Pass(member, fit, view or FULL) for member, _, view in split for fit in self._by_name[member].fits if member not in self.dropped]
+    def _spent(self, source: str, step: Step) -> float:
+        """What of a step has been paid for."""
+        share = float(self._has[source].mean())
+        return step.load + share * step.seconds if share else 0.0
 
     def _set_core(self) -> None:
         """What the final blend uses, if all that is still there is scored."""
@@ -336,11 +375,14 @@ class Planner:
     # --- bookkeeping -------------------------------------------------------------------------------------------------------------
 
     def _effective(self, pattern: Pattern) -> Pattern:
-        """What counts of a pattern: the full view instead of cheaper ones, and nothing but the final blend's sources once all of them are there."""
-        if self._core and self._core <= pattern:
-            return self._core
-        kept = {source for source in pattern if source == (member := source.partition("@")[0]) or member not in pattern or self._is_more(source)}
-        return frozenset(kept)
+        """What counts of a pattern: the full view instead of cheaper ones; once all sources of the final blend are there, nothing else.
+
+        What members scored that were given up later still counts: the blend that was planned for had a place for it.
+        """
+        kept = frozenset(source for source in pattern if source == (member := source.partition("@")[0]) or member not in pattern or self._is_more(source))
+        if self._core and self._core <= kept:
+            return self._core | {source for source in kept if source.partition("@")[0] in self.dropped}
+        return kept
 
     def _is_more(self, source: str) -> bool:
         member, _, view = source.partition("@")
@@ -354,6 +396,19 @@ class Planner:
     def _fellows(self, work: Pass) -> list[Pass]:
         """The passes of the same source."""
         return [Pass(work.member, fit, work.view) for fit in self._by_name[work.member].fits]
+
+    def _recount(self, source: str, rows: np.ndarray) -> None:
+        """How many fits of a source have scored each of these rows, or are about to."""
+        if source in self._count:
+            member, _, view = source.partition("@")
+            count = np.zeros(len(rows), int)
+            for fit in self._by_name[member].fits:
+                work = Pass(member, fit, view or FULL)
+                if work in self._taken:
+                    count += self._taken[work][rows]
+                if work in self._scores:
+                    count += np.isfinite(self._scores[work][rows, 0])
+            self._count[source][rows] = count
 
     def _average(self, work: Pass, rows: np.ndarray) -> None:
         """Mean over fits, always summed in the same order; and what the rows tell about the worth of a second fit."""
@@ -384,3 +439,19 @@ class Planner:
         parts = {source: np.where(counts[:, [k]], self._mean[source][rows], np.nan) for k, source in enumerate(self._sources)}
         self._prediction[rows] = self.blend.pool(parts, {name: values[rows] for name, values in self.hints.items()})
         self._doubt[rows] = self.doubt(self._prediction[rows])
+        for stale in self._stale.values():
+            stale[rows] = True
+
+
+def _levels(forecast: Interval) -> tuple[float, ...]:
+    """The forecast that holds with each of _CHANCES; the last as far below the low end as that is below the middle, and as far again."""
+    return forecast.high, forecast.mid, forecast.low, forecast.low**2 / forecast.mid if forecast.mid else 0.0
+
+
+def _chunk(seconds: np.ndarray, remaining: float, slots: int, limit: int) -> int:
+    """How many rows make a chunk. seconds: (n,) until each is done. Towards the end of a pass, smaller ones let several slots end together."""
+    least, most = _CHUNK_S
+    count = int(np.searchsorted(seconds, np.clip(remaining / _CHUNKS, least, most), "right"))
+    if slots > 1:
+        count = min(count, max(len(seconds) // (2 * slots), int(np.searchsorted(seconds, least, "right"))))
+    return int(np.clip(count, 1, limit))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers.modeling_utils  # noqa: F401  # what every encoder needs and transformers loads late: once here instead of after every fork
+import transformers.models.bert.modeling_bert  # noqa: F401  # with it, what every encoder needs and transformers loads late: here once, not after every fork
 
 import kit.models.encoder  # noqa: F401
 from kit import assemble, manifest, runtime
@@ -119,8 +119,9 @@ class Scorer:
         """Have this fit's weights on the device, and no other's."""
         if fit == self._fit:
             return
-        self._fit = self._model = self._tokens = None
-        runtime.free_memory()
+        if self._fit:
+            self._fit = self._model = self._tokens = None
+            runtime.free_memory()
         self._tokens = assemble.load_tokens(self._recipe, self._folder / fit)
         self._model = assemble.load_model(self._recipe, self._task, self._folder / fit).to(self._device)
         self._fit = fit

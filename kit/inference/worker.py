@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ def main(run: Path, device: str, control: Connection, parent: int) -> None:
     """Import, report the devices, and make workers as the run asks, until it is gone."""
     watch = _Watch(parent)  # the imports take seconds
     scorer = importlib.import_module("kit.inference.scorer")
+    gc.freeze()  # what was imported stays: looking through it for garbage takes half a second after every fork, and copies its memory
     devices = scorer.devices() if device == AUTO else [device]
     with contextlib.suppress(EOFError, OSError):  # the run is gone
         control.send(devices)

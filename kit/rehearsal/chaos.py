@@ -72,7 +72,7 @@ def chaos(
     with tqdm(total=kills, desc="kills", disable=None) as bar:
         rng = np.random.default_rng(seed)
         while tally.late < kills and len(tally.blows) < 5 * kills:  # where runs are over before anything is promised, the second ends it
-            tally.add(_killed_run(bench, folder / "runs" / f"{tally.runs:04d}", rng, tally, kills, bar))
+            tally.stories.append(_killed_run(bench, folder / "runs" / f"{len(tally.stories):04d}", rng, tally, kills, bar))
     told = {name: _try(bench, name, fault) for name, fault in tqdm(chosen.items(), "faults", disable=None)}
     summary = {**tally.summary(), "map@3": bench.metric, "run_s": round(bench.seconds, 1), "seconds": round(time.monotonic() - begun, 1), "faults": told}
     manifest.write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
@@ -114,9 +114,9 @@ class _Bench:
     def prepare(cls, bundles: Path, competition: Path, folder: Path) -> _Bench:
         """A bench with the reference of an undisturbed run. Raises BundleError, RehearsalError where even that one fails."""
         bench = cls(bundles, competition, folder)
-        run = Run.start(bench.command(folder / "undisturbed" / SUBMISSION), folder / "undisturbed", folder / "undisturbed.log")
-        code = _finish(run, _KILLED_RUN_S)
-        seconds = run.seconds
+        with Run.start(bench.command(folder / "undisturbed" / SUBMISSION), folder / "undisturbed", folder / "undisturbed.log") as run:
+            code = _finish(run, _KILLED_RUN_S)
+            seconds = run.seconds
         if code or (why := bench.objection(run.submission)):
             raise RehearsalError(f"the undisturbed run failed ({f'exit code {code}' if code else why}): see {folder / 'undisturbed.log'}")
         weights = run.outcome.get("weights") or {}
@@ -194,21 +194,32 @@ def draw(rng: np.random.Generator, longest_s: float) -> Blow:
 
 @dataclass
 class Story:
-    """One run folder from its first start to its end. blows: (seconds since the first start, target, whether the submission was valid then).
+    """One run folder from its first start (`first`, on the monotonic clock) to its end.
 
-    first_valid_s: from the first start to the first valid file, if nothing came between. broken: promises, one line each.
+    blows: (seconds since the first start, target, whether the submission was valid then). first_valid_s: until the first valid file, if no blow
+    came before it. broken: promises, one line each.
     """
 
     folder: Path
+    first: float = 0.0
     blows: list[tuple[float, str, bool]] = field(default_factory=list)
     first_valid_s: float | None = None
     is_equal: bool = False
     broken: list[str] = field(default_factory=list)
 
+    @property
+    def late(self) -> int:
+        """Blows after the first seconds."""
+        return sum(at >= PROMISED_S for at, _, _ in self.blows)
+
+    def say(self, line: str) -> None:
+        """Note a broken promise."""
+        self.broken.append(f"{self.folder.name}: {line}")
+
 
 @dataclass
 class Tally:
-    """All runs that were killed. longest_s: the longest that a blow may come after a start."""
+    """All runs that were killed. longest_s: of a run that nobody kills."""
 
     longest_s: float
     stories: list[Story] = field(default_factory=list)
@@ -219,23 +230,14 @@ class Tally:
         return [blow for story in self.stories for blow in story.blows]
 
     @property
-    def runs(self) -> int:
-        """How many have come to their end."""
-        return len(self.stories)
-
-    @property
     def late(self) -> int:
         """Blows after the first seconds."""
-        return sum(at >= PROMISED_S for at, _, _ in self.blows)
+        return sum(story.late for story in self.stories)
 
     @property
     def broken(self) -> list[str]:
         """Promises, one line each."""
         return [line for story in self.stories for line in story.broken]
-
-    def add(self, story: Story) -> None:
-        """Count a run that has come to its end."""
-        self.stories.append(story)
 
     def summary(self) -> dict[str, Any]:
         """kills and valid: after the first seconds; valid_early: before. resumed: of the runs that were killed, how many ended as the undisturbed one."""
@@ -249,7 +251,7 @@ class Tally:
             "first_valid_s": {"median": round(statistics.median(firsts), 2), "max": round(max(firsts), 2)} if firsts else {},
             "resumed_equal": all(killed),
             "resumed": {"runs": len(killed), "equal": sum(killed)},
-            "runs": self.runs,
+            "runs": len(self.stories),
             "targets": dict(Counter(target for _, target, _ in self.blows)),
             "broken": self.broken,
         }
@@ -258,41 +260,45 @@ class Tally:
 def _killed_run(bench: _Bench, folder: Path, rng: np.random.Generator, tally: Tally, kills: int, bar: Any) -> Story:
     """Start, kill and start again in one run folder until it ends by itself; `folder` is kept where a promise was broken."""
     story, command, log = Story(folder), bench.command(folder / SUBMISSION), folder.with_suffix(".log")
-    first = time.monotonic()
-    while True:
-        run, blow = Run.start(command, folder, log), draw(rng, tally.longest_s)
-        _watch(bench, story, run, blow.after_s, is_first=run.begun - first < 0.1)
-        is_wanted = tally.late + sum(at >= PROMISED_S for at, _, _ in story.blows) < kills
-        known = run.family()
-        if is_wanted and _strike(run, blow.target, rng):
-            at = time.monotonic() - first
-            objection = bench.objection(run.submission)
-            story.blows.append((at, blow.target, not objection))
-            bar.update(at >= PROMISED_S)
-            if objection and at >= PROMISED_S:
-                story.broken.append(f"{folder.name}: no valid submission {at:.1f} s after the first start: {objection}")
-        if not run.is_over and _finish(run, _STUCK_S) is None:
-            story.broken.append(f"{folder.name}: it did not end within {_STUCK_S:.0f} s")
-            break
-        if orphans := _bury(run, known):
-            story.broken.append(f"{folder.name}: {orphans}")
-        if run.process.returncode >= 0:  # it ended by itself
-            break
+    code: int | None = -1
+    while code is not None and code < 0:  # killed
+        with Run.start(command, folder, log) as run:
+            story.first = story.first or run.begun
+            blow = draw(rng, tally.longest_s) if tally.late + story.late < kills else None
+            code = _one_start(bench, story, run, blow, rng)
+        bar.update(tally.late + story.late - bar.n)
     story.is_equal = run.submission.is_file() and run.submission.read_bytes() == bench.reference
     if not story.is_equal:
-        story.broken.append(f"{folder.name}: its submission differs from that of the undisturbed run (exit code {run.process.returncode})")
+        story.say(f"its submission differs from that of the undisturbed run (exit code {code})")
     if not story.broken:
         shutil.rmtree(folder)
         log.unlink()
     return story
 
 
-def _watch(bench: _Bench, story: Story, run: Run, seconds: float, *, is_first: bool) -> None:
-    """Wait for the moment of the blow, or the end; of a first start note when its first file is there and valid."""
-    if is_first and run.until(run.submission.is_file, seconds):
+def _one_start(bench: _Bench, story: Story, run: Run, blow: Blow | None, rng: np.random.Generator) -> int | None:
+    """Watch one start, deal the blow, and judge what it leaves. Gives the exit code, negative if the run was killed; None if it did not end."""
+    _watch(bench, story, run, blow.after_s if blow else _STUCK_S)
+    known = run.family()
+    if blow and _strike(run, blow.target, rng):
+        at, objection = time.monotonic() - story.first, bench.objection(run.submission)
+        story.blows.append((at, blow.target, not objection))
+        if objection and at >= PROMISED_S:
+            story.say(f"no valid submission {at:.1f} s after the first start: {objection}")
+    code = _finish(run, _STUCK_S)
+    if code is None:
+        story.say(f"it did not end within {_STUCK_S:.0f} s")
+    if orphans := _bury(run, known):
+        story.say(orphans)
+    return code
+
+
+def _watch(bench: _Bench, story: Story, run: Run, seconds: float) -> None:
+    """Wait for the moment of the blow, or the end; of a first start note when its first file is there, and whether that is valid."""
+    if run.begun == story.first and run.until(run.submission.is_file, seconds):
         story.first_valid_s = run.seconds
         if objection := bench.objection(run.submission):
-            story.broken.append(f"{story.folder.name}: its first submission is not valid: {objection}")
+            story.say(f"its first submission is not valid: {objection}")
     run.until(lambda: run.seconds >= seconds)
 
 
@@ -337,9 +343,9 @@ def _try(bench: _Bench, name: str, fault: Fault) -> dict[str, Any]:
     fault.before(bundles / bench.victim)
     place, limit_s = folder / "run", fault.limit_s or fault.seconds
     with own_disk(place, fault.disk_mb):
-        run = Run.start(fault.command(members, bench.competition / TEST, bench.sample, place / SUBMISSION), place, folder / "run.log")
-        fault.during(run)
-        code = _finish(run, max(0.0, limit_s + _STUCK_S - run.seconds))
+        with Run.start(fault.command(members, bench.competition / TEST, bench.sample, place / SUBMISSION), place, folder / "run.log") as run:
+            fault.during(run)
+            code = _finish(run, max(0.0, limit_s + _STUCK_S - run.seconds))
         seconds, objection = run.seconds, bench.objection(run.submission)
         metric = None if objection else bench.score(run.submission)
         orphans = _bury(run, ())

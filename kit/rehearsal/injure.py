@@ -48,6 +48,13 @@ class Run:
             process = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
         return cls(folder, process, begun)
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.is_over:  # whoever watches it was interrupted
+            self.end()
+
     @property
     def submission(self) -> Path:
         """What it writes."""
@@ -102,13 +109,10 @@ class Run:
         self.until(self.has_scored)
         return self.until(lambda: next((process for process in self.scorers() if process.pid not in (but or ())), None))
 
-    def end(self) -> list[psutil.Process]:
-        """Kill the run and everything that it started; gives what had to be killed beside it."""
-        family = self.family()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.process.kill()
+    def end(self) -> None:
+        """Kill the run and everything that it started."""
+        kill([self.process, *self.family()])
         self.process.wait()
-        return kill(family)
 
 
 def _parent(process: psutil.Process) -> int:

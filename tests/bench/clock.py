@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -146,33 +147,35 @@ class World:
 
     def only(self, rows: np.ndarray) -> World:
         """These rows of it."""
-        cut = {part.name: {key: values[rows] for key, values in getattr(self, part.name).items()} for part in fields(self)[:2]}
-        sizes = {key: values[rows] for key, values in self.sizes.items()}
-        return replace(self, **cut, sizes=sizes, targets=self.targets[rows])
+        predictions = {work: values[rows] for work, values in self.predictions.items()}
+        seconds, sizes = ({key: values[rows] for key, values in each.items()} for each in (self.seconds, self.sizes))
+        return World(predictions, seconds, self.load, sizes, self.targets[rows])
 
 
 def measured(competition: Competition, members: Sequence[Member], *, anew: bool) -> tuple[World, World]:
     """The test set and the training table (OOF, one fit named "oof") as worlds; measured unless that was done for these very members."""
     known = dict(np.load(MEASURED)) if MEASURED.is_file() else {}
-    prefix = assemble.digest([competition.name, [member.digest for member in members]])
-    if anew or f"{prefix} load {members[0].name}" not in known:
-        known |= {f"{prefix} {key}": values for key, values in _measure(competition, members).items()}
+    mine = {key.removeprefix(f"{competition.name} "): values for key, values in known.items() if key.startswith(f"{competition.name} ")}
+    digest = np.array(assemble.digest([member.digest for member in members]))
+    if anew or mine.get("digest") != digest:
+        mine = _measure(competition, members) | {"digest": digest}
+        others = {key: values for key, values in known.items() if not key.startswith(f"{competition.name} ")}
         MEASURED.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(MEASURED, **known)
-    return _worlds({key.removeprefix(f"{prefix} "): values for key, values in known.items() if key.startswith(prefix)}, members)
+        np.savez_compressed(MEASURED, **others, **{f"{competition.name} {key}": values for key, values in mine.items()})
+    return _worlds(mine, members)
 
 
 def _measure(competition: Competition, members: Sequence[Member]) -> dict[str, np.ndarray]:
     """Score the test set with every fit in every view; tokens of test and training rows; seconds of loading and of a token."""
     from kit.predict import predict
 
-    chosen, found = runtime.choose(), {}
+    chosen, found = runtime.choose(), dict[str, np.ndarray]()
     answers = read_table(competition.root / "test_answers.csv").frame.set_index("id")["answer"]
     for member in members:
         tables = {name: _examples(competition, member, f"{name}.csv") for name in ("test", "train")}
-        found |= {f"targets {name}": member.task.targets(tables[name]) for name in ("train",)}
+        found["targets train"] = member.task.targets(tables["train"])
         found["targets test"] = np.array(["ABCDEFGHIJ".index(answers[question.id]) for question in tables["test"]])
-        loads, each = [], {view: [] for view in member.views}
+        loads, each = list[float](), {view: list[float]() for view in member.views}
         for fit in member.fits:
             for view, task in member.views.items():
                 begun = time.perf_counter()
@@ -405,7 +408,7 @@ class Half(Member):
     part: pd.DataFrame
 
     @property
-    def oof(self) -> pd.DataFrame:  # type: ignore[override]
+    def oof(self) -> pd.DataFrame:
         return self.part
 
 
@@ -503,8 +506,6 @@ def overhead(competition: Competition) -> dict[str, Any]:
 
 def _infer(bundles: Sequence[str], test: Path, out: Path, *, hours: float) -> list[str]:
     """The command, in a run folder of its own that does not exist yet."""
-    import shutil
-
     shutil.rmtree(out.parent, ignore_errors=True)
     out.parent.mkdir(parents=True)
     return [sys.executable, "-m", "kit", "infer", *bundles, f"--test={test}", f"--out={out}", f"--hours={hours}"]
@@ -538,7 +539,8 @@ def plain_loop(spec: Mapping[str, Any]) -> None:
     runtime.go_offline()
     members = {member.name: member for member in (Member.open(manifest.read(Path(folder))) for folder in spec["bundles"])}
     task = next(iter(members.values())).task
-    questions = task.read(read_table(Path(spec["test"])))
+    test = read_table(Path(spec["test"]))
+    questions = task.read(test)
     examples: dict[str | None, list[Any]] = {None: questions}
     passes: Passes = {}
     for name, fit, view, rows in spec["passes"]:
@@ -554,7 +556,7 @@ def plain_loop(spec: Mapping[str, Any]) -> None:
         scores = predict(model, form, features, tokens, runtime=runtime.choose(), batch_tokens=member.recipe.infer.batch_tokens)
         passes[Pass(name, fit, view)] = np.full((len(questions), task.width(questions)), np.nan, np.float32)
         passes[Pass(name, fit, view)][rows] = form.decode(scores, features, some)
-    Submission.open(Path(spec["out"]), task, questions, None).write(pooled(weigh(list(members.values())).blend, passes))
+    Submission.open(Path(spec["out"]), task, test, None).write(pooled(weigh(list(members.values())).blend, passes))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------------------------

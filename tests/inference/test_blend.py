@@ -72,12 +72,13 @@ def test_two_weights_are_those_of_a_search_over_a_grid(targets: np.ndarray, skil
     assert likelihood(blend.pool(sources), targets) - RIDGE * sum(w * w for w in weights.values()) >= best[0] - 1e-5
 
 
-def test_one_source_gets_its_temperature_and_keeps_its_order(targets: np.ndarray) -> None:
-    only = {"a": member(targets, skill=2.0, seed=0)}
+@pytest.mark.parametrize("skill", [2.0, 0.05])
+def test_one_source_gets_its_temperature_and_keeps_its_order(targets: np.ndarray, skill: float) -> None:
+    only = {"a": member(targets, skill=skill, seed=0)}
     blend = Blend.fit(only, targets, merit)
     best = max((likelihood(by_hand(only, {"a": a}), targets) - RIDGE * a * a, a) for a in np.linspace(0, 4, 401))
     assert blend.weights("a")["a"] == pytest.approx(best[1], abs=0.01)
-    assert blend.report()["temperature"] == pytest.approx(1 / best[1], rel=0.01)
+    assert blend.report()["temperature"] == pytest.approx(1 / blend.weights("a")["a"])
     assert (blend.pool(only).argsort(-1) == only["a"].argsort(-1)).all()
 
 
@@ -98,10 +99,12 @@ def test_pooled_probabilities_are_the_normalised_product_of_powers(targets: np.n
 
 
 def test_a_useless_source_gets_almost_no_weight_and_no_weight_is_negative(targets: np.ndarray) -> None:
-    weights = Blend.fit(members(targets, 1.5, 1.5, 0.0, -1.0), targets, merit, method="pool").weights("abcd")
+    blend = Blend.fit(members(targets, 1.5, 1.5, 0.0, -1.0), targets, merit, method="pool")
+    weights = blend.weights("abcd")
     assert min(weights["a"], weights["b"]) > 0.8
     assert 0 <= weights["c"] < 0.12
     assert weights["d"] == 0.0
+    assert blend.weights("abd") == pytest.approx({**blend.weights("ab"), "d": 0.0}, abs=1e-3)
 
 
 def test_a_source_that_stands_twice_does_not_change_the_blend(targets: np.ndarray) -> None:
@@ -237,6 +240,24 @@ def test_a_blend_that_does_not_beat_its_best_source_by_more_than_noise_is_not_us
     assert (blend.oof("abc") == blend.oof("a")).all()
 
 
+def test_a_gain_of_more_than_one_standard_error_is_enough_and_oof_rows_follow_what_the_other_rows_call_for() -> None:
+    answers = questions(seed=9)
+    blend = Blend.fit(members(answers, 2.0, 0.6, seed=9), answers, merit, method="pool")
+    report = blend.report()
+    assert report["used"]
+    assert report["gain"]["se"] < report["gain"]["value"] < 2 * report["gain"]["se"]
+    alone = (blend.oof("ab") == blend.oof("a")).all(-1)
+    assert 0.15 < alone.mean() < 0.85
+
+
+def test_oof_rows_that_the_source_in_use_did_not_score_are_those_of_the_others(targets: np.ndarray) -> None:
+    sources = members(targets, 2.5, 0.1)
+    sources["a"][3] = np.nan
+    blend = Blend.fit(sources, targets, merit)
+    assert blend.weights("ab")["b"] == 0.0
+    assert (blend.oof("ab")[3].argsort() == sources["b"][3].argsort()).all()
+
+
 def test_where_only_sources_without_weight_scored_a_row_they_serve(targets: np.ndarray) -> None:
     sources = members(targets, 2.5, 0.1)
     blend = Blend.fit(sources, targets, merit)
@@ -315,6 +336,13 @@ def test_with_a_handful_of_rows_the_best_single_source_is_used(rows: int, method
     assert np.isfinite(blend.pool(sources, {"overlap": sources["a"]})).all()
 
 
+def test_what_a_handful_of_rows_promises_is_not_believed() -> None:
+    answers = questions(29, seed=1)
+    report = Blend.fit(members(answers, 1.2, 1.2, seed=1), answers, merit).report()
+    assert report["gain"]["value"] > 2 * report["gain"]["se"]
+    assert not report["used"]
+
+
 # --- hill climbing and the ranker -----------------------------------------------------------------------------------
 
 
@@ -327,6 +355,27 @@ def test_hill_climbing_finds_the_merit_of_a_search_over_all_shares(targets: np.n
     assert score(blend.pool(sources), targets) >= best - 0.004
     assert score(blend.pool(sources), targets) > score(sources["b"], targets) + 0.02
     assert likelihood(blend.pool(sources), targets) > max(likelihood(p, targets) for p in sources.values())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_hill_climbing_adds_source_after_source_and_keeps_the_best_mean_at_its_likeliest_temperature(seed: int) -> None:
+    answers = questions(100, seed)
+    sources = members(answers, 1.0, 1.2, 1.1, seed=seed)
+    blend = Blend.fit(sources, answers, merit, method="hill", seed=seed)
+    scaled = {name: Blend.fit({name: p}, answers, merit).pool({name: p}).astype(np.float64) for name, p in sources.items()}
+    bag: list[str] = []
+    steps = []
+    for _ in range(10):
+        tried = {name: score(softmax(np.log([scaled[one] for one in [*bag, name]]).mean(0)), answers) for name in scaled}
+        bag.append(max(tried, key=lambda name: tried[name]))
+        steps.append((tried[bag[-1]], -len(bag)))
+    bag = bag[: -max(steps)[1]]
+    weights, pooled = blend.weights("abc"), blend.pool(sources)
+    shares = {name: weights[name] / blend.weights(name)[name] for name in "abc"}
+    assert {name: share / sum(shares.values()) for name, share in shares.items()} == pytest.approx(
+        {name: bag.count(name) / len(bag) for name in "abc"}
+    )
+    assert likelihood(pooled, answers) >= max(likelihood(softmax(t * np.log(pooled)), answers) for t in (0.8, 0.9, 1.1, 1.25))
 
 
 def test_hill_climbing_leaves_a_contrary_source_out(targets: np.ndarray) -> None:
