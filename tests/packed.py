@@ -18,6 +18,7 @@ import pandas as pd
 from kit.sample import write_sample
 
 TRAIN_ROWS, TEST_ROWS, PASSAGES = 24, 10, 40
+WEIGHTS = 1000  # bytes of a fit that cannot be loaded
 OOF_ROWS = 90  # of members that are made to need each other: fewer than 30 say nothing about a blend
 NAMES = ("plain", "reader", "second-reader")
 LAYOUTS = ("{slug}", "datasets/owner/{slug}")  # below the mounts, as the site once did and does now
@@ -127,6 +128,19 @@ def mount(datasets: Iterable[Path], root: Path, layout: str = LAYOUTS[0]) -> Pat
     return root
 
 
+def write_member(folder: Path, name: str, *, fits: Sequence[str] = ("fold0", "fold1"), index: str | None = None) -> Path:
+    """A member bundle `name` in a folder, with everything but a model that can be loaded. With an index, it reads contexts."""
+    from kit import manifest
+
+    root = write_recipe(folder / name / "recipe.toml", folder / "competition", retrieve=RETRIEVE if index else "").parent
+    for fit in fits:
+        (root / fit).mkdir()
+        (root / fit / "model.safetensors").write_bytes(bytes(WEIGHTS))
+    manifest.write(root, name, "member", fits=list(fits), index=index)
+    complement([root])
+    return root
+
+
 def change_member(folder: Path, *overrides: str) -> None:
     """Change the recipe inside a member bundle: a bundle that is whole, but of other settings."""
     from kit.config import Recipe
@@ -155,13 +169,21 @@ def complement(folders: Sequence[Path], rows: int = OOF_ROWS) -> None:
         write_oof(folder, targets, prediction)
 
 
+def make_heavy(folder: Path, megabytes: int = 60) -> None:
+    """Make a member look as slow as one with so much in weights: with a file that nobody reads."""
+    with open(folder / "fold0" / "more.safetensors", "wb") as file:
+        file.truncate(megabytes << 20)
+    seal(folder)
+
+
 def write_oof(folder: Path, targets: np.ndarray, prediction: np.ndarray, ids: Sequence[str] | None = None, **views: np.ndarray) -> None:
     """Replace a member's OOF predictions (n, C), in further views too; without contexts."""
     rows, width = prediction.shape
     columns = {"id": list(ids or map(str, range(rows))), "fold": np.arange(rows) % 2, "t0": targets}
     columns |= {f"p{k}": prediction[:, k].astype(np.float32) for k in range(width)}
     columns |= {f"p{k}@{view}": values[:, k].astype(np.float32) for view, values in views.items() for k in range(width)}
-    columns |= {f"{name}{k}": np.full(rows, value, np.float32) for name, value in (("overlap", np.nan), ("length", 9)) for k in range(width)}
+    columns |= {f"overlap{k}": np.full(rows, np.nan, np.float32) for k in range(width)}
+    columns |= {f"length{k}": np.full(rows, 9.0, np.float32) for k in range(width)}
     pd.DataFrame(columns).to_parquet(folder / "oof.parquet", index=False)
     seal(folder)
 
@@ -195,6 +217,11 @@ def read_rows(path: Path) -> list[list[str]]:
     """A CSV's rows, the header first."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.reader(file))
+
+
+def fallback(test: Path) -> str:
+    """The submission of one who knows nothing of a test set."""
+    return "".join(["id,prediction\n", *(f"{row[0]},A B C\n" for row in read_rows(test)[1:])])
 
 
 def write_rows(path: Path, rows: Iterable[Iterable[str]]) -> Path:

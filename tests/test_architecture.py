@@ -19,6 +19,9 @@ from typing import NamedTuple
 import pytest
 
 import kit
+from kit import manifest
+from tests import packed
+from tests.packed import write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,8 +41,8 @@ ORDERED = (0, 1)
 # Package → modules that may import it at the top, modules that may import it inside functions only. A room stands for all of its files.
 OWNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "torch": (
-        ("kit.tasks", "kit.models", "kit.predict", "kit.training", "kit.inference.worker", "kit.retrieval.dense", "kit.retrieval.rerank"),
-        ("kit.runtime", "kit.vendor.capture", "kit.vendor.tensors"),
+        ("kit.models", "kit.predict", "kit.training", "kit.inference.scorer", "kit.retrieval.dense", "kit.retrieval.rerank"),
+        ("kit.runtime", "kit.tasks", "kit.vendor.capture", "kit.vendor.tensors"),
     ),
     "faiss": (("kit.retrieval.dense",), ()),
     "peft": (("kit.models.adapters",), ()),
@@ -296,6 +299,44 @@ def test_importing_kit_loads_nothing_heavy() -> None:
     assert not HEAVY & set(loaded)
 
 
+WATCHED = """
+import sys
+from pathlib import Path
+from kit.budget import Budget
+from kit.inference.pipeline import infer
+
+class Nobody:
+    slots = ("cpu",)
+
+    def send(self, slot, order):
+        print(type(order).__name__, *{name.split(".")[0] for name in sys.modules})
+        sys.exit()
+
+    def close(self):
+        pass
+
+folder = Path(sys.argv[1])
+members = [folder / name for name in sys.argv[2:]]
+infer(members, test=folder / "test.csv", out=folder / "submission.csv", root=folder, budget=Budget(1000), open_crew=lambda run: Nobody())
+"""
+
+
+@pytest.mark.parametrize("index", [None, "passages"], ids=["scores", "retrieves"])
+def test_a_run_imports_no_torch_until_its_first_order_is_given(tmp_path: Path, index: str | None) -> None:
+    """So that the process that directs the others starts at once and stays small."""
+    write_rows(tmp_path / "test.csv", [("id", "prompt", *"ABCDE"), ("1", "Why?", *"vwxyz")])
+    (tmp_path / "passages").mkdir()
+    manifest.write(tmp_path / "passages", "passages", "index")
+    members = [packed.write_member(tmp_path, name, index=index) for name in ("one", "other")]
+    packed.complement(members)
+    arguments = [str(tmp_path), *(folder.name for folder in members)]
+    done = subprocess.run([sys.executable, "-c", WATCHED, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    order, *loaded = done.stdout.split()
+    assert order == ("Fetch" if index else "Order")
+    assert {"kit", "numpy", "pandas", "scipy"} <= set(loaded)
+    assert not {"torch", "transformers", "sentence_transformers", "faiss"} & set(loaded)
+
+
 def test_there_are_few_public_names_and_each_resolves() -> None:
     assert len(kit.__all__) <= 12
     broken = []
@@ -362,6 +403,8 @@ def test_a_module_without_a_place_in_the_order_is_found() -> None:
         ("kit.data.tables", "import torch"),
         ("kit.retrieval.bm25", "from torch.nn import functional"),
         ("kit.runtime", "import torch"),
+        ("kit.tasks.multiple_choice", "import torch"),
+        ("kit.inference.pipeline", "def score():\n    import torch"),
         ("kit.retrieval.hybrid", "def search():\n    import faiss"),
         ("kit.models.encoder", "import peft"),
         ("kit.training.loop", "import importlib\nimportlib.import_module('bitsandbytes')"),
@@ -378,6 +421,7 @@ def test_a_package_imported_by_a_file_that_does_not_own_it_is_found(name: str, s
     ("name", "source"),
     [
         ("kit.runtime", "def choose():\n    import torch"),
+        ("kit.inference.scorer", "import torch"),
         ("kit.data.tables", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("kit.vendor.session", "def sign_in():\n    import kaggle"),
         ("kit.models.adapters", "import peft"),

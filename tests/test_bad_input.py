@@ -95,16 +95,6 @@ def member(spoil: Callable[[Path], object], name: str = "reader") -> Build:
     return build
 
 
-def index_of(spoil: Callable[[Path], object]) -> Build:
-    """Infer with a member whose index bundle is spoiled."""
-
-    def build(shop: Workshop, folder: Path) -> Arguments:
-        spoil(shop.bundles / str(manifest.read(shop.members["reader"]).meta["index"]))
-        return infer(shop, folder, shop.members["reader"])
-
-    return build
-
-
 def run_folder(spoil: Callable[[Path], object]) -> Build:
     """Pack a run folder, spoiled."""
 
@@ -247,8 +237,6 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "retriever setting is unknown": (index_with("retrieve.retriever.kind=bm25", "retrieve.retriever.k=1"), ("retrieve.retriever.k", "k1")),
     "retriever setting is out of range": (index_with("retrieve.retriever.kind=bm25", "retrieve.retriever.b=7"), ("b = 7", "between 0 and 1")),
     "recipe has no index": (lambda shop, folder: ["index", shop.root / "plain.toml", "--artifacts", folder], ("'plain'", "[retrieve]")),
-    "index bundle is missing": (index_of(shutil.rmtree), ("passages-", "neither a folder")),
-    "index bundle is damaged": (index_of(lambda folder: packed.damage(folder / "corpus" / "passages.arrow")), ("passages.arrow", "damaged")),
     # checkpoints and runs
     "interrupted fit is damaged": (unfinished(lambda fold: with_state(fold, b"no checkpoint")), ("last.pt", "delete")),
     "run is none": (lambda shop, folder: ["pack", folder], ("no finished fit", "kit train")),

@@ -114,11 +114,13 @@ def test_the_whole_flow_prints_json_as_the_last_line(own: Workshop, tmp_path: Pa
 
     submission = tmp_path / "submission.csv"
     sample = ["--sample-submission", own.competition / "sample_submission.csv"]
-    assert run("infer", *bundles, "--test", own.competition / "test.csv", "--out", submission, *sample, "--details", tmp_path / "d", "--json") == 0
+    assert run("infer", *bundles, "--test", own.competition / "test.csv", "--out", submission, *sample, "--json") == 0
     summary = last_json(capsys)
     assert summary["finished"]
     assert summary["rows"] == packed.TEST_ROWS
-    assert json.loads((tmp_path / "d" / "outcome.json").read_text()) == summary
+    assert json.loads((tmp_path / "submission.run" / "outcome.json").read_text()) == summary
+    assert summary["run"] == str(tmp_path / "submission.run")
+    assert {path.name for path in Path(summary["run"]).iterdir()} >= {"timeline.json", "decisions.log", "predictions.npz", "setup.json"}
 
     assert run("score", submission, own.competition / "test_answers.csv", "--json") == 0
     scored = last_json(capsys)
@@ -151,11 +153,13 @@ def test_a_debug_run_is_quick_and_apart(own: Workshop, capsys: pytest.CaptureFix
 def test_an_inference_done_in_part_exits_with_1_and_warns(own: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed.change_member(own.members["reader"], 'model.pooling="mean"')
     members = [own.members["plain"], own.members["reader"]]
+    packed.complement(members)
     arguments = ["infer", *members, "--test", own.competition / "test.csv", "--out", tmp_path / "s.csv", "--json"]
     assert run(*arguments) == 1
     printed = capsys.readouterr()
     assert not json.loads(printed.out.splitlines()[-1])["finished"]
     assert f"warning: member {members[1].name}: BundleError" in printed.err
+    assert "Traceback" not in printed.err
     assert len(read_rows(tmp_path / "s.csv")) == 1 + packed.TEST_ROWS
 
 

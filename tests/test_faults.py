@@ -22,6 +22,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
+import kit
 from kit import manifest
 from kit.cli import main
 from kit.rehearsal import guard
@@ -30,7 +31,7 @@ from kit.runtime import INPUT_ROOT
 from kit.vendor.dataset import stage
 from kit.vendor.profile import Package, Profile
 from kit.vendor.wheels import pack_code
-from tests import packed
+from tests import crews, packed
 from tests.packed import LAYOUTS, Workshop
 from tests.staging import stage_dataset
 from tests.tiny_wheels import ROOT, make_image, write_house, write_requirements, write_wheel
@@ -41,7 +42,7 @@ KEY = '{"username": "me", "ke' + f'y": "{"0123456789abcdef" * 2}"' + "}"  # put 
 
 
 class Bench(NamedTuple):
-    """folder: of one test. root: kit-wheels, kit-code and `datasets`, staged with the workshop's bundles; shared, so not to be changed."""
+    """folder: of one test. root: kit-wheels, kit-code, a workshop all of whose members count, and `datasets`, staged with its bundles; not to be changed."""
 
     folder: Path
     root: Path
@@ -49,7 +50,7 @@ class Bench(NamedTuple):
     @property
     def shop(self) -> Workshop:
         """Shared, too."""
-        return packed.workshop()
+        return Workshop(self.root / "shop")
 
     @property
     def staged(self) -> Path:
@@ -93,8 +94,10 @@ def leave(path: Path) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See Bench."""
     folder = tmp_path_factory.mktemp("root")
+    shop = packed.copy(folder)
+    packed.complement(list(shop.members.values()))
     house = write_house(folder, write_wheel(folder / "index", "tiny-extra"))
-    stage([*sorted(packed.workshop().bundles.iterdir()), house, pack_code(folder)], folder / "datasets", owner=OWNER)
+    stage([*sorted(shop.bundles.iterdir()), house, pack_code(folder)], folder / "datasets", owner=OWNER)
     return folder
 
 
@@ -282,11 +285,11 @@ FAULTS: dict[str, tuple[int, Build, tuple[str, ...]]] = {
     "no dataset is staged": (2, lambda bench: ["push", "--dry-run", "--kernel", "none", "--artifacts", bench.folder], ("no staged dataset", "MANIFEST.json")),
     "nothing is staged to rehearse": (2, lambda bench: rehearsed(bench, bench.out, ROOT / "notebooks" / "infer.ipynb"), ("no datasets", "kit vendor bundle")),
     # what is mounted
-    "byte of the weights has changed": (2, infer(damage), ("plain-", "fold1/model.safetensors is damaged")),
     "byte of the weights has changed, rehearsed": (2, rehearse(damage), ("plain-", "fold1/model.safetensors is damaged")),
-    "index is not mounted": (2, infer(without="passages-*"), ("'passages-", "nor mounted under", "found bundles [kit-code")),
-    "index is not mounted, rehearsed": (1, rehearse(without="passages-*"), ("infer.ipynb, cell", "'passages-", "found bundles [kit-code")),
-    "member is not mounted": (2, infer(without="plain-*"), ("'plain-", "nor mounted under", "found bundles [kit-code")),
+    "index is not mounted, rehearsed": (
+        1, rehearse(without="passages-*"), ("public run: member ", "scored without contexts", "'passages-", "found bundles [kit-code"),
+    ),
+    "no member is mounted": (2, infer(without="[prs][el]*"), ("'plain-", "nor mounted under", "found bundles [kit-code")),
     # the box
     "writing to what is mounted": (1, cell("next(MOUNTED.glob('kit-code/*')).open('ab')"), ("mine.ipynb, cell 1", "Read-only file system", "/kit-code/")),
     "writing to what is mounted, guarded": (
@@ -347,6 +350,32 @@ def test_a_connection_that_is_tried_is_counted(code: str, words: str, bench: Ben
     assert (summary["sockets"], summary["attempts"]) == (1, [f"public run: socket.connect {OUTSIDE}:443"])
 
 
+MET: dict[str, tuple[Build, tuple[str, ...], int]] = {  # words of a warning, and how many warnings there are
+    "byte of the weights has changed": (infer(damage), ("member plain-", "fold1/model.safetensors is damaged", "pack or upload it again"), 1),
+    "index is not mounted": (infer(without="passages-*"), ("reader-", "scored without contexts", "'passages-", "nor mounted under"), 2),
+    "member is not mounted": (infer(without="plain-*"), ("'plain-", "nor mounted under", "found bundles [kit-code"), 1),
+}
+
+
+@pytest.mark.parametrize("name", MET)
+def test_a_fault_that_the_others_make_up_for_is_a_warning_and_a_submission(
+    name: str, bench: Bench, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    build, words, count = MET[name]
+    arguments = [str(argument) for argument in build(bench)]
+    capsys.readouterr()
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as left:
+        main([*arguments, "--json"])
+    printed = capsys.readouterr()
+    warnings = printed.err.splitlines()
+    assert (left.value.code, len(warnings)) == (1, count), printed.err
+    assert not [line for line in warnings if not line.startswith("warning: ") or missing(words, line)]
+    assert [record.getMessage() for record in caplog.records] == []
+    assert not json.loads(printed.out.splitlines()[-1])["finished"]
+    assert len(packed.read_rows(bench.folder / "submission.csv")) == 1 + packed.TEST_ROWS
+    assert (bench.folder / "submission.csv").read_text() != packed.fallback(bench.shop.competition / "test.csv")
+
+
 # --- what is no error line -------------------------------------------------------------------------------------------------------
 
 
@@ -372,22 +401,19 @@ MOUNTS: dict[str, Callable[[list[Path], Path], object]] = {
 @pytest.fixture(scope="module")
 def expected(root: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The submission from the bundles as they were packed."""
-    shop, out = packed.workshop(), tmp_path_factory.mktemp("expected") / "submission.csv"
-    with pytest.raises(SystemExit) as left:
-        main(["infer", *map(str, shop.members.values()), "--test", str(shop.competition / "test.csv"), "--out", str(out)])
-    assert left.value.code == 0
+    shop, out = Workshop(root / "shop"), tmp_path_factory.mktemp("expected") / "submission.csv"
+    outcome = kit.infer(list(shop.members.values()), test=shop.competition / "test.csv", out=out, root=shop.bundles, open_crew=crews.Thread)
+    assert outcome.finished
     return out.read_bytes()
 
 
 @pytest.mark.parametrize("layout", MOUNTS)
-def test_under_every_mount_layout_the_submission_is_the_same(
-    layout: str, bench: Bench, expected: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_under_every_mount_layout_the_submission_is_the_same(layout: str, bench: Bench, expected: bytes) -> None:
     MOUNTS[layout](sorted(bench.staged.iterdir()), bench.mounts)
     out = bench.folder / "submission.csv"
-    with pytest.raises(SystemExit) as left:
-        main(["infer", "--test", str(bench.shop.competition / "test.csv"), "--out", str(out)])
-    assert (left.value.code, capsys.readouterr().err) == (0, "")
+    outcome = kit.infer(test=bench.shop.competition / "test.csv", out=out, open_crew=crews.Thread)
+    assert outcome.finished
+    assert set(outcome.scored) == set(bench.members)
     assert out.read_bytes() == expected
 
 

@@ -147,3 +147,23 @@ def test_the_type_of_a_run_is_read_from_the_environment(monkeypatch: pytest.Monk
     assert runtime.run_type() == ""
     monkeypatch.setenv(runtime.RUN_TYPE, "Batch")
     assert runtime.run_type() == "Batch"
+
+
+def test_a_worker_is_offline_and_imports_from_where_this_process_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "only_here.py").write_text("", encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), "", *sys.path])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    child = runtime.worker_environment("auto")
+    assert child["PYTHONPATH"].split(os.pathsep)[:2] == [str(tmp_path), os.getcwd()]
+    subprocess.run([sys.executable, "-P", "-c", "import only_here, kit"], env=child, cwd=tmp_path.parent, check=True)
+    assert (child["CUDA_VISIBLE_DEVICES"], child["HF_HUB_OFFLINE"], child["OPENBLAS_NUM_THREADS"]) == ("3", "1", "7")
+    assert child["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1" and "LOCAL_RANK" not in child and os.environ["HF_HUB_OFFLINE"] == "0"
+
+
+def test_a_worker_of_one_device_uses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    assert runtime.worker_environment("cpu")["CUDA_VISIBLE_DEVICES"] == ""
+    second = runtime.worker_environment("cuda:1")
+    assert (second["CUDA_VISIBLE_DEVICES"], second["LOCAL_RANK"]) == ("3,4", "1")

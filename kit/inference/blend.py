@@ -54,7 +54,7 @@ class _Verdict:
     merits: dict[str, np.ndarray]  # method → (S,) on the S rows that all sources scored, nested
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blend:
     """How rows are pooled, whichever sources have scored them. Patterns are fitted when they are first asked for, and kept."""
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"  # the device of a worker that is to find out
 _ANSWER_S = 2.0  # a keeper answers within milliseconds, unless it hangs
+_LEAVE_S = 1.0  # what a process that has closed its pipe takes to end by itself, with the exit status that says why
 _DEATH_S = 10.0  # a killed process is gone within milliseconds, unless a driver holds it
 _TAIL = 2000  # bytes of a log in which the reason of an end is looked for
 _NO_MEMORY = ("MemoryError", "OutOfMemory", "bad_alloc", "t allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED")
@@ -177,7 +178,6 @@ class _Slot:
         self.device = device
         self._run, self._number, self._inbox = run, number, inbox
         self._log = run / f"worker-{number}.log"
-        self._log_start = _size(self._log)
         self._keeper: _Keeper | None = None
         self._name: tuple[type, str] | None = None
         self._pipe: Connection | None = None
@@ -214,8 +214,8 @@ class _Slot:
         if pipe is not self._pipe:
             return None
         if word is None:
-            order, text = self._order, self._last_words()
-            why, memory = _explain(self.end(), text)
+            order, status = self._order, self.end(patience_s=_LEAVE_S)
+            why, memory = _explain(status, self._keeper.last_words() if self._keeper else "")
             return Event(self._number, order.serial, "failed", why=why, memory=memory) if order else None
         if word.kind != "beat":
             self._order = None
@@ -223,15 +223,14 @@ class _Slot:
             self.end()
         return replace(word, slot=self._number)
 
-    def end(self) -> int:
-        """Kill the process, if there is one, and wait until it is gone; its exit status, negative for a signal. Forgets the order."""
+    def end(self, *, patience_s: float = 0) -> int:
+        """Kill the process, if there is one that has not ended by then, and wait until it is gone; its exit status, negative for a signal."""
         status = 0
         if self._keeper and self._pipe:
-            status = self._keeper.end_worker(forked=self.device == "cpu")
+            status = self._keeper.end_worker(patience_s, forked=self.device == "cpu")
             self._listener.join(_DEATH_S)
             self._pipe.close()
         self._order = self._name = self._pipe = None
-        self._log_start = _size(self._log)
         return status
 
     def close(self) -> None:
@@ -252,15 +251,6 @@ class _Slot:
         self._listener = threading.Thread(target=_listen, args=(self._number, self._pipe, self._inbox), daemon=True)
         self._listener.start()
 
-    def _last_words(self) -> str:
-        """The end of what the process wrote into the log."""
-        try:
-            with open(self._log, "rb") as file:
-                file.seek(max(self._log_start, _size(self._log) - _TAIL))
-                return file.read().decode(errors="replace").strip()
-        except OSError:
-            return ""
-
 
 class _Keeper:
     """A process `python -m kit.inference.worker`, leader of a process group. It makes one worker at a time, or (with CUDA) turns into one."""
@@ -268,6 +258,7 @@ class _Keeper:
     def __init__(self, run: Path, device: str, log_file: Path) -> None:
         self.is_gone = False
         self._devices: list[str] | None = None
+        self._log, self._log_start, self._has_worked = log_file, _size(log_file), False
         self._control, theirs = Pipe()
         command = [runtime.python(), "-P", "-m", "kit.inference.worker", str(run), device, str(theirs.fileno()), str(os.getpid())]
         with theirs, open(log_file, "ab") as out:
@@ -295,21 +286,26 @@ class _Keeper:
 
     def start_worker(self, pipe: Connection) -> None:
         """Have a worker made that reads orders from the pipe. Does not wait for it; if it fails, the pipe ends."""
+        if self._has_worked:
+            self._log_start = _size(self._log)
+        self._has_worked = True
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._control.send(time.monotonic())
+            self._control.send(("start", time.monotonic()))
             send_handle(self._control, pipe.fileno(), self._process.pid)
 
-    def end_worker(self, *, forked: bool) -> int:
-        """Kill the worker and wait until it is gone; its exit status. The keeper survives if it forked the worker and answers."""
+    def end_worker(self, patience_s: float, *, forked: bool) -> int:
+        """Kill the worker, unless it ends by itself, and wait until it is gone; its exit status. The keeper survives if it forked it and answers."""
         if forked and self.report(0):
             with contextlib.suppress(OSError, EOFError):
-                self._control.send(None)
-                if self._control.poll(_ANSWER_S):
+                self._control.send(("end", patience_s))
+                if self._control.poll(patience_s + _ANSWER_S):
                     return self._control.recv()
-        return self.kill()
+        return self.kill(patience_s)
 
-    def kill(self) -> int:
+    def kill(self, patience_s: float = 0) -> int:
         """Kill keeper and worker, stopped or not, and wait until the keeper is gone; its exit status."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         try:
@@ -320,6 +316,15 @@ class _Keeper:
         self._control.close()
         self.is_gone = True
         return status
+
+    def last_words(self) -> str:
+        """The end of what the last worker, or the keeper before there was one, wrote into the log."""
+        try:
+            with open(self._log, "rb") as file:
+                file.seek(max(self._log_start, _size(self._log) - _TAIL))
+                return file.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
 
 
 def _listen(slot: int, pipe: Connection, inbox: _Inbox) -> None:

@@ -89,7 +89,7 @@ def _learn(doubt: np.ndarray, gain: np.ndarray) -> Curve:
     """Mean gain in bins of equally many rows, drawn towards the mean of all."""
     order = np.argsort(doubt, kind="stable")
     bins = np.array_split(order, int(np.clip(len(order) // _ROWS_PER_BIN, 1, _MOST_BINS)))
-    centres = np.array([doubt[rows].mean() for rows in bins])
+    sizes = np.array([len(rows) for rows in bins])
     means = np.array([(gain[rows].sum() + _PRIOR_ROWS * gain.mean()) / (len(rows) + _PRIOR_ROWS) for rows in bins])
-    centres, same = np.unique(centres.round(9), return_inverse=True)  # np.interp wants doubts that differ
-    return Curve(centres, np.bincount(same, means) / np.bincount(same))
+    centres, same = np.unique([doubt[rows].mean().round(9) for rows in bins], return_inverse=True)  # np.interp wants doubts that differ
+    return Curve(centres, np.bincount(same, sizes * means) / np.bincount(same, sizes))

@@ -6,7 +6,7 @@ rule is played with different sets of sources allowed, and the set with the best
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ _ROWS = 300  # OOF rows that are played with
 _TURNS = 10  # parts in which a source scores the rows
 _LEAST_GAIN = 1e-9  # of what the final blend uses
 _BETTER = 1e-4  # in the metric: less does not decide
-_INSURANCE = 0.05  # share of the time for which the cheapest source is taken in any case, so that there is something if all else fails
+_INSURANCE = 0.05  # share of the time
 
 
 class Step(NamedTuple):
-    """What a source costs, in seconds per row of the test set. load: once, spread over the rows. key: of the contexts that `fetch` pays for."""
+    """What a source costs, in seconds per row of the test set. load: once, spread over the rows. key: of the contexts that `fetch` pays for, once."""
 
     load: float
     seconds: float
@@ -33,6 +33,12 @@ class Step(NamedTuple):
     def whole(self) -> float:
         """All rows."""
         return self.load + self.seconds + self.fetch
+
+
+def together(steps: Iterable[Step]) -> float:
+    """What several sources cost, contexts that they share only once."""
+    steps = list(steps)
+    return sum(step.load + step.seconds for step in steps) + sum({step.key: step.fetch for step in steps}.values())
 
 
 class _Turn(NamedTuple):
@@ -49,7 +55,7 @@ def worth_having(
     play = cache(lambda allowed: _Play(gains, {name: steps[name] for name in sorted(allowed)}, core, effective).merit(seconds))
     everything, useful = frozenset(steps), frozenset(steps) & core
     best = useful or everything
-    if sum(steps[name].whole for name in best) > seconds:
+    if together(steps[name] for name in best) > seconds:
         best = max((best, everything), key=play)
         improved = True
         while improved:
@@ -58,8 +64,13 @@ def worth_having(
                 changed = best ^ {name}
                 if changed and play(changed) > play(best) + _BETTER:
                     best, improved = changed, True
+    return best
+
+
+def insurance(steps: Mapping[str, Step], seconds: float) -> str | None:
+    """The cheapest source, where it costs next to nothing of the seconds per row that there are: it is there if all else fails."""
     cheapest = min(steps, key=lambda name: steps[name].whole, default=None)
-    return best | {cheapest} if cheapest and steps[cheapest].whole <= _INSURANCE * seconds else best
+    return cheapest if cheapest and steps[cheapest].whole <= _INSURANCE * seconds else None
 
 
 class _Play:
@@ -70,26 +81,30 @@ class _Play:
         self._gains, self._steps, self._core, self._effective = gains, steps, core, effective
         self._rows = np.linspace(0, total - 1, min(_ROWS, total)).astype(int)
         self._patterns = np.full(len(self._rows), NOTHING, object)
+        self._loaded: set[str] = set()
+        self._fetched = {step.key: np.zeros(len(self._rows), bool) for step in steps.values()}
         self._gain = {name: np.zeros(len(self._rows)) for name in steps}
         self._look(np.arange(len(self._rows)))
 
     def merit(self, seconds: float) -> float:
         """The mean merit when so many seconds per row are spent."""
-        left, loaded = seconds * len(self._rows), ""
-        while turns := [turn for name in self._steps if (turn := self._turn(name, loaded, left))]:
+        left = seconds * len(self._rows)
+        while turns := [turn for name in self._steps if (turn := self._turn(name, left))]:
             turn = max(turns, key=lambda turn: turn.rate)
             for row in turn.rows:
                 self._patterns[row] = self._effective(self._patterns[row] | {turn.name})
             self._look(turn.rows)
-            left, loaded = left - turn.seconds, turn.name.partition("@")[0]
+            self._loaded.add(turn.name.partition("@")[0])
+            self._fetched[self._steps[turn.name].key][turn.rows] = True
+            left -= turn.seconds
         return float(np.mean([self._gains.merits(pattern)[row] for pattern, row in zip(self._patterns, self._rows, strict=True)]))
 
-    def _turn(self, name: str, loaded: str, left: float) -> _Turn | None:
-        """A source's next part of the rows; None if it has nothing to add or no time."""
+    def _turn(self, name: str, left: float) -> _Turn | None:
+        """A source's next part of the rows; None if it has nothing to add or no time. It is loaded once, for all of its parts."""
         gain, step = self._gain[name], self._steps[name]
-        order = np.argsort(-gain, kind="stable")
-        order = order[: np.count_nonzero(gain > 0)]
-        ends = (name.partition("@")[0] != loaded) * step.load * len(gain) + (step.seconds + step.fetch) * np.arange(1, len(order) + 1)
+        order = np.argsort(-gain, kind="stable")[: np.count_nonzero(gain > 0)]
+        load = 0.0 if name.partition("@")[0] in self._loaded else step.load * len(gain)
+        ends = load + np.cumsum(step.seconds + step.fetch * ~self._fetched[step.key][order])
         limit = int(np.searchsorted(ends, left, "right"))
         if not limit:
             return None

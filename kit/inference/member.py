@@ -95,11 +95,12 @@ def weigh(members: Sequence[Member], method: str = "auto") -> Weighed:
     hints = _hints(first, next(iter(sources.values())).shape[1])
     whole = [member.name for member in members]
     blend = Blend.fit(sources, targets, task.merit, method=method, hints=hints, complete=whole)
+    honest = blend.oof(whole)  # leaving out what has no weight, below, has seen every row
     useful = [name for name, weight in blend.weights(whole).items() if weight > 0]
     if len(useful) < len(whole):
         blend = Blend.fit(sources, targets, task.merit, method=method, hints=hints, complete=useful)
     name, metric = next(iter(task.metrics.items()))
-    estimates = {who: bootstrap(metric, values, targets) for who, values in {**{m: sources[m] for m in whole}, "blend": blend.oof(useful)}.items()}
+    estimates = {who: bootstrap(metric, values, targets) for who, values in {**{m: sources[m] for m in whole}, "blend": honest}.items()}
     return Weighed(blend, targets, {who: {name: estimate.value, "se": estimate.se} for who, estimate in estimates.items()})
 
 

@@ -199,7 +199,8 @@ class _Inference:
                 self.failures[member.name] = str(error)
         if refused and not good:
             raise refused
-        for key, index in {member.key: member.index for member in good if member.key and member.index}.items():
+        readers = good if self.options.use_contexts else []
+        for key, index in {member.key: member.index for member in readers if member.key and member.index}.items():
             try:
                 indexes[key] = paths.find_bundle(index, self._index_root(good))
                 manifest.verify(indexes[key])
@@ -234,7 +235,7 @@ class _Inference:
     def _old_setup(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.folder / "setup.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return {}
 
     def _write_setup(self, indexes: Mapping[str, Path]) -> None:
@@ -276,7 +277,7 @@ class _Inference:
         known = {Pass(player.name, fit, view) for player in self.planner.players for fit in player.fits for view in player.sizes}
         kept = 0
         for work, rows, prediction in self.scores.read(self.planner.rows):
-            if work in known:
+            if work in known and len(rows):
                 self.planner.record(work, rows, prediction)
                 kept += len(rows)
         if kept:
@@ -371,7 +372,7 @@ class _Inference:
             submission=self.options.out,
             run=self.folder,
             rows=len(self.examples),
-            finished=not self.planner.left() and not self.planner.dropped and set(failures) <= set(names),
+            finished=not failures,
             expected=self.planner.expected(),
             weights=self.weighed.blend.weights(names),
             scored={name: int(np.isfinite(values).all(-1).sum()) for name, values in own.items()},

@@ -1,15 +1,16 @@
 """Which member scores which rows next: the most expected gain in the metric per second. Knows no process, file or clock; time comes in as numbers.
 
 Three questions, answered anew before every chunk. Which sources are worth having at all in the time there is: found by playing the run through on
-the OOF rows (`lookahead`). Which of them next, and on which rows: the highest gain per second, loading included, by the gain curves at the rows'
-present doubt. How many rows: what is likely to end in time. What is left over goes into further fits of the members that count.
+the OOF rows (`lookahead`). What is a second worth: the gain per second of the last row that there is time for, when all that there is to do is taken
+in order of it (the multiplier of a knapsack). A slot stays with what it has loaded as long as rows are worth that, so that nothing is loaded twice
+for a few rows; then it takes the pass with the highest gain per second, loading included. How many rows: what is likely to end in time.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from kit.budget import Cost, Interval
 from kit.inference.cost import FETCH_S
 from kit.inference.gains import NOTHING, Gains, Pattern, Pooling
-from kit.inference.lookahead import Step, worth_having
+from kit.inference.lookahead import Step, insurance, together, worth_having
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ _CHUNKS = 50  # a chunk takes at most this part of the time left, …
 _CHUNK_S = (2.0, 20.0)  # … and lasts so many seconds at least and at most: long enough to cost nothing extra, short enough to change plans
 _CHANCES = (0.95, 0.5, 0.05, 0.0005)  # that work ends by the high end, the middle, the low end, and half of that way further below
 _HIGH, _MID, _LOW = 0, 1, 2
+_HALVINGS = 16  # steps of the search for what a second is worth
 _LEAST_GAIN = 1e-9  # of a source that the final blend uses: with time to spare, all of it is scored
 _REPEAT = 0.005  # gain of a member's second fit, as long as no row was scored by two; the k-th brings 1/k(k-1) of twice that
 _REPEAT_ROWS = 50  # rows with two fits that count as much as this guess
@@ -74,20 +76,33 @@ class Choice:
     why: str
 
 
-class _Candidate(NamedTuple):
-    """A possible choice. rows: all that it may come to, the best first; missing: which lack their contexts; rates: gain per second of each alone.
+class _Patch(NamedTuple):
+    """Rows that a pass could score, in falling order of their gain per second.
 
-    first: rows of the next chunk. reach: rows until the rate of them all, with what is paid once, is highest. rate: that, by the chance that it works.
+    missing: which lack their contexts. alone: gain per second of each. gains: summed up to each. ends: seconds until each is done, for each of
+    _CHANCES; loading included where the fit is not loaded. later: fits of the same source that would come first.
     """
 
     work: Pass
+    loaded: bool
     rows: np.ndarray
     missing: np.ndarray
-    rates: np.ndarray
-    first: int
-    reach: int
-    gain: float
-    forecast: Interval
+    alone: np.ndarray
+    gains: np.ndarray
+    ends: list[np.ndarray]
+    later: int
+
+    def reach(self, worth: float) -> int:
+        """How many rows are worth their seconds, if a second is worth so much."""
+        return int(np.searchsorted(-self.alone, -worth, "right"))
+
+
+class _Candidate(NamedTuple):
+    """A patch of which `limit` rows may end in time; rate: the highest gain per second over its first rows, times the chance that it comes to that."""
+
+    patch: _Patch
+    limit: int
+    best: int
     rate: float
 
 
@@ -134,6 +149,7 @@ class Planner:
         self._regret_sum = self._regret_rows = 0.0
         self._wanted: frozenset[str] | None = None
         self._wanted_for = 0.0
+        self._insurance: str | None = None
         for player in self.players:
             if player.key:
                 self.fetch.setdefault(player.key, Cost(FETCH_S))
@@ -228,15 +244,30 @@ class Planner:
         if remaining <= 0:
             return None
         wanted = self._decide(remaining * slots)
-        found = list(self._candidates(wanted, loaded, remaining, slots))
-        found = found or list(self._candidates(frozenset(self._sources) - wanted, loaded, remaining, slots))  # better than to stop early
-        if not found:
-            return None
-        best, *others = sorted(found, key=lambda candidate: -candidate.rate)
-        other = next((other for other in others if other.work.source != best.work.source), None)
-        reach = max(best.reach, int((best.rates >= other.rate).sum()) if other else len(best.rows))  # one retrieval for all that comes before the other
-        prepare = best.rows[:reach][best.missing[:reach]]
-        return Choice(best.work, best.rows[: best.first], prepare, best.gain, best.forecast, self._explain(best, len(prepare), other))
+        if self._insurance and (self._pattern == 0).any():
+            wanted |= {self._insurance}
+        rest = frozenset(self._sources) - wanted
+        for sources in (wanted, rest):  # better to score the rest than to stop early
+            patches = list(self._patches(sources, loaded))
+            found = [found for patch in patches if (found := self._candidate(patch, remaining))]
+            if found:
+                return self._choose(found, _worth(patches, remaining * slots), remaining, slots)
+        return None
+
+    def _choose(self, found: list[_Candidate], worth: float, remaining: float, slots: int) -> Choice:
+        """Stay with what is loaded as long as it is worth the time, otherwise the highest rate."""
+        stay = [candidate for candidate in found if candidate.patch.loaded and candidate.patch.alone[0] >= worth]
+        best = max(stay or found, key=lambda candidate: candidate.rate)
+        patch, player = best.patch, self._by_name[best.patch.work.member]
+        reach = patch.reach(worth) or best.limit if patch.loaded else max(best.best, patch.reach(worth))
+        token = player.token.forecast().mid if player.token.measurements else player.token.forecast().high
+        seconds = token * np.cumsum(player.sizes[patch.work.view][patch.rows])
+        first = min(_chunk(seconds, reach, remaining, slots), best.limit)
+        forecast = Interval(*(float(patch.ends[k][first - 1]) for k in (_LOW, _MID, _HIGH)))
+        others = [candidate for candidate in found if candidate.patch.work.source != patch.work.source]
+        prepare = patch.rows[:reach][patch.missing[:reach]]
+        choice = Choice(patch.work, patch.rows[:first], prepare, float(patch.gains[first - 1]), forecast, "")
+        return replace(choice, why=self._explain(choice, best, worth, max(others, key=lambda candidate: candidate.rate, default=None)))
 
     def _works(self, sources: Collection[str]) -> Iterator[Pass]:
         """The passes of these sources that could still score something. A view that stands in for the full one is worth one fit."""
@@ -246,51 +277,50 @@ class Planner:
                     several = view == self._views[player.name][0] or view in player.more
                     yield from (Pass(player.name, fit, view) for fit in (player.fits if several else player.fits[:1]))
 
-    def _candidates(self, sources: Collection[str], loaded: Pass | None, remaining: float, slots: int) -> Iterator[_Candidate]:
-        """What a slot could do next: with rows that are ready, and with rows whose contexts would be retrieved first."""
-        untouched: set[str] = set()
+    def _patches(self, sources: Collection[str], loaded: Pass | None) -> Iterator[_Patch]:
+        """What a slot could do: with rows that are ready, and with all, where contexts would be retrieved first."""
+        before: dict[str, int] = {}
         for work in self._works(sources):
             key, ready = self._by_name[work.member].key, loaded is not None and (loaded.member, loaded.fit) == work[:2]
-            if not ready and work not in self._tried and work not in self._taken:
-                if work.source in untouched:
-                    continue  # as good as the fit before
-                untouched.add(work.source)
-            gain = self._gain(work)
+            later = before.get(work.source, 0) if not ready and work not in self._tried and work not in self._taken else 0
+            gain = self._gain(work, later)
             rows = np.flatnonzero(self._open(work) & (gain > 0))
+            if not len(rows):
+                continue
+            before[work.source] = before.get(work.source, 0) + 1
             missing = ~self._fetched[key][rows] if key else np.zeros(len(rows), bool)
-            plans = [] if missing.all() else [(rows[~missing], missing[~missing], not ready)]
             if missing.any() and key not in self._busy_keys:
-                plans.append((rows, missing, True))  # retrieval takes the member's place in memory
-            for some, first, load in plans:
-                if candidate := self._candidate(work, some, gain[some], first, load, remaining, slots):
-                    yield candidate
+                yield self._patch(work, rows, gain[rows], missing, False, later)  # retrieval takes the member's place in memory
+            if not missing.all():
+                yield self._patch(work, rows[~missing], gain[rows[~missing]], missing[~missing], ready, later)
 
-    def _candidate(
-        self, work: Pass, rows: np.ndarray, gain: np.ndarray, missing: np.ndarray, load: bool, remaining: float, slots: int
-    ) -> _Candidate | None:
+    def _patch(self, work: Pass, rows: np.ndarray, gain: np.ndarray, missing: np.ndarray, loaded: bool, later: int) -> _Patch:
         player = self._by_name[work.member]
-        loads, token = _levels(player.load.forecast() if load else Interval(0, 0, 0)), _levels(player.token.forecast())
-        fetch = _levels(self.fetch[player.key].forecast() if player.key and missing.any() else Interval(0, 0, 0))
+        load, token = _levels(player.load.forecast()) if not loaded else (0.0,) * len(_CHANCES), _levels(player.token.forecast())
+        fetch = _levels(self.fetch[player.key].forecast()) if player.key and missing.any() else (0.0,) * len(_CHANCES)
         tokens = player.sizes[work.view][rows]
         alone = gain / np.maximum(token[_MID] * tokens + fetch[_MID] * missing, 1e-12)
         order = np.argsort(-alone, kind="stable")
-        rows, missing, alone = rows[order], missing[order], alone[order]
-        gain, tokens, fetches = np.cumsum(gain[order]), np.cumsum(tokens[order]), np.cumsum(missing)
-        ends = [loads[k] + token[k] * tokens + fetch[k] * fetches for k in range(len(_CHANCES))]
-        limit, chance = next(((n, p) for end, p in zip(ends, _CHANCES, strict=True) if (n := int(np.searchsorted(end, remaining, "right")))), (0, 0.0))
-        if not limit or (load and self._others_finish(work, loads[_MID], token[_MID] * tokens[-1], remaining)):
-            return None
-        rates = gain[:limit] / np.maximum(ends[_MID][:limit], 1e-12)
-        reach = int(rates.argmax()) + 1 if load else 1  # what is paid once is worth it for many rows
-        seconds = tokens * (token[_MID] if player.token.measurements else token[_HIGH])
-        count = _chunk(seconds, remaining, slots, limit)
-        forecast = Interval(*(float(ends[k][count - 1]) for k in (_LOW, _MID, _HIGH)))
-        rate = chance * float(rates[reach - 1])
-        return _Candidate(work, rows[:limit], missing[:limit], alone[:limit], count, reach, float(gain[count - 1]), forecast, rate)
+        done, fetches = np.cumsum(tokens[order]), np.cumsum(missing[order])
+        ends = [load[k] + token[k] * done + fetch[k] * fetches for k in range(len(_CHANCES))]
+        return _Patch(work, loaded, rows[order], missing[order], alone[order], np.cumsum(gain[order]), ends, later)
 
-    def _others_finish(self, work: Pass, load: float, rest: float, remaining: float) -> bool:
+    def _candidate(self, patch: _Patch, remaining: float) -> _Candidate | None:
+        """None if it would not end in time, or is left to others, or comes later."""
+        if patch.later or (not patch.loaded and self._others_finish(patch, remaining)):
+            return None
+        for end, chance in zip(patch.ends, _CHANCES, strict=True):
+            if limit := int(np.searchsorted(end, remaining, "right")):
+                rates = patch.gains[:limit] / np.maximum(patch.ends[_MID][:limit], 1e-12)
+                best = int(rates.argmax())
+                return _Candidate(patch, limit, best + 1, chance * float(rates[best]))
+        return None
+
+    def _others_finish(self, patch: _Patch, remaining: float) -> bool:
         """Whether slots that have scored with this pass, and go on, will be through with the rest before this slot could begin."""
-        return rest <= min(load, remaining) and bool(self._mask(self._taken, work).any()) and bool(self._mask(self._tried, work).any())
+        load = self._by_name[patch.work.member].load.forecast().mid
+        going_on = bool(self._mask(self._taken, patch.work).any()) and bool(self._mask(self._tried, patch.work).any())
+        return going_on and patch.ends[_MID][-1] - load <= min(load, remaining)
 
     def _open(self, work: Pass) -> np.ndarray:
         """Rows (N,) that this pass could still score: bool."""
@@ -302,10 +332,12 @@ class Planner:
                 can &= self._count[work.source] == 0
         return can
 
-    def _gain(self, work: Pass) -> np.ndarray:
-        """Expected gain (N,) of scoring each row."""
-        source, count = work.source, self._count[work.source]
+    def _gain(self, work: Pass, later: int = 0) -> np.ndarray:
+        """Expected gain (N,) of scoring each row, once `later` more fits of the source have scored it."""
+        source, count = work.source, self._count[work.source] + later
         gain = self._first_gain(source)
+        if source == self._insurance and source not in (self._wanted or ()):
+            return np.where((self._pattern == 0) & (count == 0), gain, 0.0)
         if count.any():
             gain = np.where(count > 0, self._repeat_gain(source, count), gain)
         return np.maximum(gain, _LEAST_GAIN) if source in self._core else gain
@@ -329,11 +361,11 @@ class Planner:
         count = np.maximum(count, 1)
         return second * share * 2.0 / (count * (count + 1)) * self._doubt / max(float(self._doubt.mean()), 1e-6)
 
-    def _explain(self, best: _Candidate, contexts: int, other: _Candidate | None) -> str:
-        text = f"contexts of {contexts} rows for " if contexts else ""
-        text += f"{best.work.member} {best.work.fit} {best.work.view} on {best.first} rows: +{best.gain / self.rows:.5f} in {best.forecast.mid:.1f} s"
-        text += f" ({best.forecast.low:.1f} to {best.forecast.high:.1f}), {best.rate / self.rows:.2e} per s"
-        return text + (f"; next best {other.work.source} with {other.rate / self.rows:.2e}" if other else "; nothing else to do")
+    def _explain(self, choice: Choice, best: _Candidate, worth: float, other: _Candidate | None) -> str:
+        text = f"contexts of {len(choice.prepare)} rows for " if len(choice.prepare) else ""
+        text += f"{' '.join(choice.work)} on {len(choice.rows)} rows: +{choice.gain / self.rows:.5f} in {choice.forecast.mid:.1f} s"
+        text += f" ({choice.forecast.low:.1f} to {choice.forecast.high:.1f}), {best.rate / self.rows:.2e} per s where a second is worth {worth / self.rows:.2e}"
+        return text + (f"; next best {other.patch.work.source} with {other.rate / self.rows:.2e}" if other else "; nothing else to do")
 
     # --- which sources are worth having ------------------------------------------------------------------------------------------
 
@@ -341,12 +373,13 @@ class Planner:
         """The sources to score in this many seconds; decided again when the forecast of the whole has moved."""
         steps = {work.source: self._step(work) for work in self._works(self._sources)}
         whole = seconds / self.rows + sum(self._spent(source, step) for source, step in steps.items())
-        horizon = whole / max(sum(step.whole for source, step in steps.items() if source in self._core), 1e-12)
+        horizon = whole / max(together(step for source, step in steps.items() if source in self._core), 1e-12)
         if self._wanted is None or abs(horizon / self._wanted_for - 1) > _MOVED:
             wanted = worth_having(self.gains, steps, self._core, self._effective, whole)
+            self._insurance = insurance(steps, whole) if (self._pattern == 0).all() else self._insurance
             if wanted != self._wanted:
                 left_out = sorted(set(steps) - wanted)
-                self.on_decision(f"worth having in {seconds:.0f} s: {', '.join(sorted(wanted))}" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
+                self.on_decision(f"worth having in {seconds:.0f} s: {', '.join(sorted(wanted))}" + (f"; first of all: {self._insurance}" if self._insurance else "") + (f"; left out: {', '.join(left_out)}" if left_out else ""))
             self._wanted, self._wanted_for = wanted, horizon
         return self._wanted
 
@@ -448,10 +481,33 @@ def _levels(forecast: Interval) -> tuple[float, ...]:
     return forecast.high, forecast.mid, forecast.low, forecast.low**2 / forecast.mid if forecast.mid else 0.0
 
 
-def _chunk(seconds: np.ndarray, remaining: float, slots: int, limit: int) -> int:
-    """How many rows make a chunk. seconds: (n,) until each is done. Towards the end of a pass, smaller ones let several slots end together."""
-    least, most = _CHUNK_S
-    count = int(np.searchsorted(seconds, np.clip(remaining / _CHUNKS, least, most), "right"))
-    if slots > 1:
-        count = min(count, max(len(seconds) // (2 * slots), int(np.searchsorted(seconds, least, "right"))))
-    return int(np.clip(count, 1, limit))
+def _chunk(seconds: np.ndarray, reach: int, remaining: float, slots: int) -> int:
+    """How many of the rows worth their time make a chunk. seconds: (n,) until each is done.
+
+    Towards the end of a pass, smaller ones let several slots end together.
+    """
+    least, most = np.searchsorted(seconds, np.clip([0, remaining / _CHUNKS], *_CHUNK_S), "right")
+    share = len(seconds) // (2 * slots) if slots > 1 else most
+    return max(1, int(min(most, max(least, min(reach, share)))))
+
+
+def _worth(patches: Sequence[_Patch], seconds: float) -> float:
+    """What a second is worth if there are so many: the gain per second that the last row still brings; 0 if there is time for everything."""
+    several = {patch.work: patch for patch in reversed(patches)}.values()  # with contexts still to come, where there are two of a work
+    if sum(patch.ends[_MID][-1] for patch in several) <= seconds:
+        return 0.0
+    low, high = 0.0, max(float(patch.alone[0]) for patch in several)
+    for _ in range(_HALVINGS):
+        worth = (low + high) / 2 if low else high / 10
+        if sum(_seconds_at(patch, worth) for patch in several) > seconds:
+            low = worth
+        else:
+            high = worth
+    return high
+
+
+def _seconds_at(patch: _Patch, worth: float) -> float:
+    """What a patch takes if a second is worth so much."""
+    reach = patch.reach(worth)
+    seconds = float(patch.ends[_MID][reach - 1]) if reach else 0.0
+    return seconds if reach and patch.gains[reach - 1] >= worth * seconds else 0.0

@@ -68,8 +68,6 @@ _Work = Callable[[Any, Beat], Event]
 
 def _open(run: Path, device: str, order: Order | Fetch) -> _Work:
     """What works on orders like this one."""
-    if device != "cpu":
-        torch.cuda.set_device(device)
     return Scorer(run, order.member, device).work if isinstance(order, Order) else Fetcher(run, order.key).work
 
 
@@ -87,6 +85,8 @@ class Scorer:
     """One member: its recipe, the test set as it sees it, and the fit that is loaded."""
 
     def __init__(self, run: Path, member: str, device: str) -> None:
+        if device != "cpu":
+            torch.cuda.set_device(device)
         setup = _read_setup(run)
         place = setup["members"][member]
         self._folder, self._device = Path(place["folder"]), device

@@ -10,7 +10,7 @@ import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -230,24 +230,24 @@ _KEY = "contexts"
 
 
 @dataclass(frozen=True)
-class _Law:
-    """What a made-up member is like: skill by view, how sure it is of itself, seconds per row, to load, to start; its fits."""
+class Law:
+    """What a made-up member is like: skill by view, how sure it is of itself, its fits; seconds per row, to load, to start; contexts it needs."""
 
     name: str
     skills: dict[str, float]
-    sharpness: float
-    row_s: float
-    load_s: float
-    start_s: float
-    fits: tuple[str, ...]
-    key: str | None
+    sharpness: float = 1.0
+    fits: tuple[str, ...] = ("fold0",)
+    row_s: float = 0.0
+    load_s: float = 0.0
+    start_s: float = 0.0
+    key: str | None = None
 
 
 @dataclass
 class _World:
     """A made-up competition: laws of its members, OOF blend and targets, and the truth on its test set."""
 
-    laws: list[_Law]
+    laws: list[Law]
     blend: Blend
     oof_targets: np.ndarray
     targets: np.ndarray
@@ -338,8 +338,8 @@ def _try_run(world: _World, rng: np.random.Generator) -> Run:
 def _make_world(rng: np.random.Generator) -> _World:
     rows, oof_rows = _log_uniform(rng, *((50, 500) if rng.random() < 0.9 else (500, 4000))), int(rng.integers(100, 301))
     laws = [_make_law(f"m{number}", rng) for number in range(rng.choice([1, 2, 3, 4, 5], p=[0.15, 0.3, 0.3, 0.15, 0.1]))]
-    oof, oof_targets = _score(laws, oof_rows, rng, fits=1)
-    truth, targets = _score(laws, int(rows), rng, fits=5)
+    oof, oof_targets = score(laws, oof_rows, rng, fits=1)
+    truth, targets = score(laws, int(rows), rng, fits=5)
     sources = {Pass(name, "", view).source: values for name, passes in oof.items() for (_, view), values in passes.items()}
     blend = Blend.fit(sources, oof_targets, _task().merit, method="pool")
     full = {law.name: np.exp(rng.normal(6, 0.3, int(rows))) for law in laws}
@@ -348,7 +348,7 @@ def _make_world(rng: np.random.Generator) -> _World:
     return _World(laws, blend, oof_targets, targets, truth, sizes)
 
 
-def _make_law(name: str, rng: np.random.Generator) -> _Law:
+def _make_law(name: str, rng: np.random.Generator) -> Law:
     skill = rng.uniform(0.3, 2.0)
     skills = {FULL: skill}
     if rng.random() < 0.6:
@@ -357,10 +357,10 @@ def _make_law(name: str, rng: np.random.Generator) -> _Law:
         skills["flipped"] = skill * rng.uniform(0.9, 1.0)
     row_s = float(_log_uniform(rng, 0.01, 0.5)) * skill  # what is better tends to be dearer
     fits = tuple(f"fold{fold}" for fold in range(rng.integers(1, 6)))
-    return _Law(name, skills, rng.uniform(0.5, 2.0), row_s, rng.uniform(2, 25), rng.uniform(1, 8), fits, _KEY if rng.random() < 0.4 else None)
+    return Law(name, skills, rng.uniform(0.5, 2.0), fits, row_s, rng.uniform(2, 25), rng.uniform(1, 8), _KEY if rng.random() < 0.4 else None)
 
 
-def _score(laws: list[_Law], rows: int, rng: np.random.Generator, fits: int) -> tuple[dict[str, dict[tuple[str, str], np.ndarray]], np.ndarray]:
+def score(laws: Sequence[Law], rows: int, rng: np.random.Generator, fits: int) -> tuple[dict[str, dict[tuple[str, str], np.ndarray]], np.ndarray]:
     """Probabilities (N, C) by member and (fit, view), and the right options (N,), drawn from the laws."""
     targets = rng.integers(0, _OPTIONS, rows)
     right = np.eye(_OPTIONS)[targets] * rng.uniform(0.2, 2.0, (rows, 1))
@@ -397,7 +397,7 @@ def _run(world: _World, rng: np.random.Generator) -> Run:
     return Run(ended <= budget.total_s, usable, min(1.0, sum(busy.values()) / whole), min(1.0, busy["done"] / whole), left, metric)
 
 
-def _make_actor(law: _Law, world: _World, rng: np.random.Generator) -> Actor:
+def _make_actor(law: Law, world: _World, rng: np.random.Generator) -> Actor:
     sizes = world.sizes[law.name]
     fault = None
     if rng.random() < _FAILS:
@@ -408,7 +408,7 @@ def _make_actor(law: _Law, world: _World, rng: np.random.Generator) -> Actor:
     return Actor(world.truth[law.name], sizes, token_s, law.load_s * rng.uniform(0.5, 1.5), law.start_s * rng.uniform(0.5, 1.5), fault)
 
 
-def _make_player(law: _Law, world: _World, rng: np.random.Generator) -> Player:
+def _make_player(law: Law, world: _World, rng: np.random.Generator) -> Player:
     sizes = {view: values * np.exp(rng.normal(0, 0.1, len(values))) for view, values in world.sizes[law.name].items()}
     token = Cost(law.row_s / float(world.sizes[law.name][FULL].mean()))
     return Player(law.name, law.fits, sizes, Cost(law.load_s + law.start_s), token, frozenset({"flipped"}) & law.skills.keys(), law.key)

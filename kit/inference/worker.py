@@ -40,7 +40,7 @@ def main(run: Path, device: str, control: Connection, parent: int) -> None:
             watch.stop()
             _keep(run, control, scorer)
         else:
-            asked = control.recv()
+            _, asked = control.recv()
             _work(run, devices[0], Connection(recv_handle(control)), asked, scorer)
 
 
@@ -66,12 +66,13 @@ class _Watch:
 
 
 def _keep(run: Path, control: Connection, scorer: ModuleType) -> None:
-    """Fork a worker for every pipe that comes; for every None, kill it and answer with its exit status. Ends it when the run is gone."""
+    """("start", time) and a pipe: fork a worker. ("end", seconds): wait for its end, kill it, and answer with its exit status."""
     worker: BaseProcess | None = None
     try:
         while True:
-            if control.recv() is None:
-                control.send(_end(worker))
+            verb, value = control.recv()
+            if verb == "end":
+                control.send(_end(worker, value))
             else:
                 with Connection(recv_handle(control)) as pipe:
                     worker = multiprocessing.get_context("fork").Process(target=_forked, args=(run, control, pipe, os.getpid(), scorer))
@@ -80,9 +81,10 @@ def _keep(run: Path, control: Connection, scorer: ModuleType) -> None:
         _end(worker)
 
 
-def _end(worker: BaseProcess | None) -> int | None:
+def _end(worker: BaseProcess | None, patience_s: float = 0) -> int | None:
     if worker is None:
-        return None
+        return 0
+    worker.join(patience_s)
     worker.kill()
     worker.join()
     return worker.exitcode
@@ -91,7 +93,7 @@ def _end(worker: BaseProcess | None) -> int | None:
 def _forked(run: Path, control: Connection, pipe: Connection, keeper: int, scorer: ModuleType) -> None:
     began = time.monotonic()
     control.close()
-    _Watch(keeper)
+    pass
     _work(run, "cpu", pipe, began, scorer)
 
 

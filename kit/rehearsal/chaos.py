@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,16 +38,36 @@ GRACE_S = 2.0  # that a run may end late, and that what it started may live long
 _KILLED_RUN_S = 1800.0  # budget of a run that is to be killed: time enough, so that time decides nothing
 _STUCK_S = 300.0  # after which a run that should end by itself is given up
 _LEAST_S = 0.2
-_SHOWN = 300  # characters of what a run said
-_SHORTER = 'retrieve.retriever={kind="bm25"}'
+_SHOWN = 400  # characters of what a run said
+OPTIONS = """
+[task]
+kind = "multiple_choice"
+
+[model]
+kind = "rules"
+source = "scratch"
+
+[model.config]
+least_documents = 2
+
+[data]
+folds = 2
+
+[train]
+epochs = 6
+batch_size = 16
+lr = 0.2
+weight_decay = 0.0
+schedule = "cosine"
+"""
+"""What the options alone tell, without a context."""
+_SOON = ('retrieve.retriever={kind="bm25"}', "model.config.num_hidden_layers=1", "train.epochs=1", "train.fgm=0", "train.precision=fp32")
 RECIPES: Mapping[str, tuple[str, Sequence[str]]] = {
-    "chaos-rules": ("sample_rules", (_SHORTER,)),
-    "chaos-passage": (
-        "sample_rules", (_SHORTER, "retrieve.context.passages=1", "retrieve.context.sentences=0", "retrieve.context.max_chars=1200"),
-    ),
-    "chaos-deberta": ("sample_deberta", (_SHORTER, "model.config.num_hidden_layers=1", "train.epochs=1", "train.fgm=0", "train.precision=fp32")),
-}  # fmt: skip
-"""Members of the sample competition that are soon trained and soon used: name → shipped recipe and changes to it."""
+    "chaos-options": (OPTIONS, ()),
+    "chaos-deberta": ("sample_deberta", _SOON),
+    "chaos-narrow": ("sample_deberta", (*_SOON, "model.config.hidden_size=64", "model.config.intermediate_size=128", "task.max_length=96")),
+}
+"""Members of the sample competition that are soon trained and used, and none so good that the others are not worth it: recipe and changes to it."""
 
 
 def chaos(
@@ -158,11 +179,14 @@ def _sample(folder: Path) -> tuple[Path, Path]:
     """Bundles of members trained on the sample competition, and that competition. Raises RehearsalError."""
     competition, artifacts, runs = write_sample(folder / "sample"), folder / "members", []
     for name, (recipe, overrides) in tqdm(RECIPES.items(), "training members", disable=None):
+        if "\n" in recipe:
+            manifest.write_atomically(artifacts / f"{name}.toml", recipe)
         settings = [f"--set={setting}" for setting in (f"name={name}", f"data.folder={json.dumps(str(competition))}", *overrides)]
-        command = [runtime.python(), "-m", "kit", "train", recipe, *settings, "--artifacts", str(artifacts), "--json"]
+        source = str(artifacts / f"{name}.toml") if "\n" in recipe else recipe
+        command = [runtime.python(), "-m", "kit", "train", source, *settings, "--artifacts", str(artifacts), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RehearsalError(f"`kit train {recipe}`: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+            raise RehearsalError(f"`kit train` of {name}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
         runs.append(Path(json.loads(done.stdout.splitlines()[-1])["run"]))
     pack(runs, artifacts=artifacts)
     return artifacts / "bundles", competition
@@ -364,10 +388,21 @@ def _try(bench: _Bench, name: str, fault: Fault) -> dict[str, Any]:
 
 
 def _happened(run: Run, code: int | None, log: Path) -> str:
-    """What the run said of its end: why members failed, or the last line of its log."""
+    """What the run said of its end: why members failed and what it did about it, else the last line of its log."""
     if code is None:
         return "it did not end and was killed"
-    failures = "; ".join(f"{member}: {why}" for member, why in run.outcome.get("failures", {}).items())
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith(("error: ", "warning: "))]
-    said = failures or (lines[-1] if lines else "every member scored every row" if code == 0 else "it did not say why")
-    return f"exit code {code}: {said}"[:_SHOWN]
+    outcome, rows = run.outcome, run.outcome.get("rows", 0)
+    less = [f"{member} scored {count} of {rows} rows" for member, count in outcome.get("scored", {}).items() if count < rows]
+    said = [f"{member}: {why}" for member, why in outcome.get("failures", {}).items()] or less
+    said += [text for text in _decisions(run) if not any(text in line or line in text for line in said)]
+    if not outcome:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line for line in lines if line.startswith(("error: ", "warning: "))][-1:] or lines[-1:]
+    return f"exit code {code}: {'; '.join(said) or 'every member scored every row'}"[:_SHOWN]
+
+
+def _decisions(run: Run) -> Iterator[str]:
+    """What the run noted beside its plans: that something failed, and the way out."""
+    path = run.folder / RUN / "timeline.json"
+    decisions = json.loads(path.read_text(encoding="utf-8"))["decisions"] if path.is_file() else []
+    yield from (line["text"] for line in decisions if not re.search(r" per s\b|^worth having", line["text"]))

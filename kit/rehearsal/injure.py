@@ -176,8 +176,10 @@ def truncate(bundle: Path) -> None:
 
 
 def remove_index(bundle: Path) -> None:
-    """Remove the index that a member uses."""
-    shutil.rmtree(bundle.parent / str(manifest.read(bundle).meta["index"]))
+    """Remove every index beside a member."""
+    for path in bundle.parent.iterdir():
+        if manifest.read(path).kind == "index":
+            shutil.rmtree(path)
 
 
 def _weights(bundle: Path) -> Path:
@@ -333,7 +335,7 @@ FAULTS: dict[str, Fault] = {
     "flipped-byte": Fault("one bit of a member's weights is turned", flip),
     "truncated-file": Fault("the weights of a member are cut off in the middle", truncate),
     "member-missing": Fault("the bundle of a member is not there", shutil.rmtree),
-    "index-missing": Fault("the index that a member uses is not there", remove_index),
+    "index-missing": Fault("the index that members use is not there", remove_index),
     "clock-forward": Fault("the clock jumps forward by an hour after 6 s of a budget of half an hour", clock="t + 3600 * (t > 6)", seconds=1800, limit_s=30),
     "clock-still": Fault("the clock stands still for 8 s", clock="t if t < 4 else max(4, t - 8)"),
     "clock-back": Fault("the clock goes back by an hour after 6 s", clock="t - 3600 * (t > 6)"),

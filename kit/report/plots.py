@@ -19,6 +19,7 @@ _GREY = "0.45"
 _LATE = "#c00000"
 _RED = 3  # of matplotlib's ten colours: left to the deadline
 _CHARACTER = 5.2  # pixels of one character of a label
+_NAMED = 20  # members in the legend
 _SHOWN_SKIPPED = 8
 _LINE = 190  # characters of a line below the picture
 _FAR = 1.6  # a deadline beyond this many times the end of the run is said, not drawn: it would squeeze the run
@@ -136,8 +137,8 @@ def _draw_lanes(axes: Axes, spans: Sequence[Mapping[str, Any]], slots: Sequence[
     """A lane per slot, from the top; all spans of a member in a slot are one collection, so that thousands are drawn at once."""
     axes.set_yticks(range(len(slots)), slots)
     axes.set_ylim(len(slots) - 0.4, -0.6)
-    for name, colour in colours.items():
-        axes.broken_barh([], (0, 0), color=colour, label=name)
+    for place, (name, colour) in enumerate(colours.items()):
+        axes.broken_barh([], (0, 0), color=colour, label=name if place < _NAMED else "_")
         for slot in range(len(slots)):
             lane, mine = (slot - 0.4, 0.8), [span for span in spans if span["member"] == name and span["slot"] == slot]
             loads = [(span["start"], load) for span in mine if (load := min(span["load_s"], _seconds(span))) > 0]
@@ -225,5 +226,5 @@ def _draw_estimates(axes: Axes, points: Mapping[str, Mapping[str, float]], name:
     """Estimates over shares of the cost with their intervals, moved a little sideways so that policies do not hide each other."""
     moved = [float(share) * 1.035 ** (place - (places - 1) / 2) for share in points]
     values = [point["value"] for point in points.values()]
-    around = [[abs(point["value"] - point[end]) for point in points.values()] for end in ("low", "high")]
+    around = [[abs(point["value"] - point[end]) for point in points.values()] for end in ("high", "low")]
     axes.errorbar(moved, values, yerr=around, fmt=f"o{line}", color=f"C{place}", ms=4, capsize=3, lw=1.2, label=name)

@@ -51,9 +51,11 @@ def timeline_table(run: Path) -> pd.DataFrame:
 
 
 def read_timeline(run: Path) -> dict[str, Any]:
-    """The timeline of a run of `kit infer`, from its run folder. Raises DataError."""
+    """The timeline of a run of `kit infer`, from its run folder. Work that was going on when it was written ends there, cut. Raises DataError."""
     path = run / "timeline.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        timeline = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}): give the folder of a run of `kit infer`") from None
+    spans = [{**span, "end": timeline["ended"], "state": "cut"} if span["state"] == "busy" else span for span in timeline["spans"]]
+    return {**timeline, "spans": spans}

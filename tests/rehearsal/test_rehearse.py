@@ -28,10 +28,12 @@ BM25 = 'retrieve.retriever={kind = "bm25"}'
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that an inference notebook needs, with a stand-in among the wheels; not to be changed."""
+    """Everything that an inference notebook needs, with a stand-in among the wheels; every member counts. Not to be changed."""
     folder = tmp_path_factory.mktemp("staged")
+    shop = packed.copy(folder)
+    packed.complement(list(shop.members.values()))
     house = write_house(folder, write_wheel(folder / "index", "tiny-extra", code="FOUND = True"))
-    stage([*sorted(packed.workshop().bundles.iterdir()), house, pack_code(folder)], folder / "datasets", owner="owner")
+    stage([*sorted(shop.bundles.iterdir()), house, pack_code(folder)], folder / "datasets", owner="owner")
     return folder / "datasets"
 
 
@@ -118,16 +120,20 @@ def test_a_folder_that_is_no_bundle_is_refused(staged: Path, here: Profile, tmp_
 
 
 @pytest.mark.slow
-def test_an_index_that_is_not_mounted_fails_the_public_run_and_the_rest_is_not_tried(staged: Path, here: Profile, tmp_path: Path) -> None:
+def test_members_that_were_scored_without_their_index_are_found_and_the_rerun_is_not_tried(staged: Path, here: Profile, tmp_path: Path) -> None:
     index = next(path for path in staged.iterdir() if manifest.read(path).kind == "index")
     datasets = copy_of(staged, tmp_path, without=index.name)
-    with pytest.raises(RehearsalError, match=rf"public run: infer\.ipynb, cell \d+: BundleError: bundle '{index.name}' is .* nor mounted"):
+    words = rf"public run: member \S*reader-\S+ scored 10 of 10 rows: scored without contexts: bundle '{index.name}' is .* nor mounted"
+    with pytest.raises(RehearsalError, match=words):
         play(datasets, ROOT / "notebooks" / "infer.ipynb", here, tmp_path / "artifacts")
     summary = latest(tmp_path / "artifacts")
-    assert (summary["valid"], summary["identical_to_outside"], summary["runs"], len(summary["problems"])) == (False, False, {}, 1)
+    assert (summary["valid"], summary["identical_to_outside"], list(summary["runs"])) == (False, False, ["public"])
+    assert set(summary["runs"]["public"]["scored"].values()) == {packed.TEST_ROWS}
+    assert len(summary["runs"]["public"]["failures"]) == 2
+    assert "outside the box" in summary["problems"][-1]
     folder = (tmp_path / "artifacts" / "rehearsals" / "latest").resolve()
-    assert (folder / "public" / "working" / "infer.ipynb").is_file()
-    assert {path.name for path in folder.iterdir()} == {"public", "summary.json"}
+    assert (folder / "public" / "working" / "submission.csv").is_file()
+    assert {path.name for path in folder.iterdir()} == {"public", "outside", "summary.json"}
 
 
 @pytest.mark.slow

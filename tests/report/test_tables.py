@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from kit.report.tables import outcome_table, run_table
+import pytest
+
+from kit.errors import DataError
+from kit.report.tables import outcome_table, read_timeline, run_table, timeline_table
 
 METRICS: dict[str, Any] = {
     "folds": {
@@ -40,3 +45,45 @@ def test_an_inference_has_a_row_per_member_with_what_went_wrong() -> None:
     assert table.loc["a"].tolist() == [0.712, 0.6123, 200, 12.3, ""]
     assert table.loc["b"].tolist() == [0.0, 0.4, 0, 0.0, "BundleError: no weights"]
     assert list(table) == ["weight", "OOF map@3", "rows", "seconds", "failure"]
+
+
+def span(member: str, fit: str, begin: float, end: float, **others: Any) -> dict[str, Any]:
+    plain = {"slot": 0, "member": member, "fit": fit, "view": "full", "rows": 10, "start": begin, "end": end, "load_s": 0.0, "tokens": 100, "gain": 0.01}
+    return {**plain, "forecast_s": [1.0, 2.0, 4.0], "state": "done", **others}
+
+
+def write_timeline(run: Path, *spans: dict[str, Any], ended: float = 9.0) -> Path:
+    timeline = {"rows": 10, "budget_s": 12.0, "reserve_s": 1.0, "slots": ["cpu"], "spans": spans, "metric": [], "decisions": [], "skipped": [], "ended": ended}
+    (run / "timeline.json").write_text(json.dumps(timeline))
+    return run
+
+
+def test_a_timeline_has_a_row_per_member_with_its_passes_and_how_far_off_the_forecasts_were(tmp_path: Path) -> None:
+    chunks = [span("a", "fold0", 0, 3, load_s=1.0), span("a", "fold0", 3, 5), span("a", "fold1", 5, 6, rows=4), span("a", "fold1", 6, 9, state="failed")]
+    table = timeline_table(write_timeline(tmp_path, *chunks, span("b", "fold0", 0, 2)))
+    assert list(table) == ["passes", "rows", "seconds", "loading", "forecast error"]
+    assert table.loc["a"].tolist() == [2, 24, 9.0, 1.0, "50%"]  # of 3, 2 and 1 s for 2 s: 50, 0 and 50 %
+    assert table.loc["b"].tolist() == [1, 10, 2.0, 0.0, "0%"]
+
+
+def test_a_timeline_without_work_is_an_empty_table(tmp_path: Path) -> None:
+    table = timeline_table(write_timeline(tmp_path))
+    assert table.empty
+    assert "forecast error" in table
+
+
+def test_a_member_that_never_finished_a_chunk_has_no_forecast_error(tmp_path: Path) -> None:
+    assert timeline_table(write_timeline(tmp_path, span("a", "fold0", 0, 3, state="failed"))).loc["a"].tolist() == [0, 0, 3.0, 0.0, ""]
+
+
+def test_what_was_going_on_when_a_run_was_killed_ends_where_the_timeline_ends(tmp_path: Path) -> None:
+    spans = read_timeline(write_timeline(tmp_path, span("a", "fold0", 0, 3), span("a", "fold1", 3, 0, state="busy"), ended=7.0))["spans"]
+    assert [(each["end"], each["state"]) for each in spans] == [(3, "done"), (7.0, "cut")]
+
+
+def test_a_folder_without_a_timeline_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"timeline.json: cannot be read .*kit infer"):
+        timeline_table(tmp_path)
+    (tmp_path / "timeline.json").write_text("{")
+    with pytest.raises(DataError, match=r"timeline.json: cannot be read .*kit infer"):
+        read_timeline(tmp_path)

@@ -1,0 +1,64 @@
+"""Which sources are worth having, decided by playing the run through."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kit.inference.blend import Blend
+from kit.inference.gains import Gains, Pattern
+from kit.inference.lookahead import Step, insurance, together, worth_having
+from kit.inference.planner import Pass
+from kit.inference.simulate import Law, score
+from kit.tasks.multiple_choice import MultipleChoice
+
+TASK = MultipleChoice()
+LAWS = (Law("cheap", {"full": 0.7}), Law("dear", {"full": 2.0, "short": 1.6}))
+CORE = frozenset({"cheap", "dear"})
+
+
+def make_gains(laws: tuple[Law, ...] = LAWS) -> Gains:
+    oof, targets = score(laws, 300, np.random.default_rng(0), fits=1)
+    sources = {Pass(name, "", view).source: values for name, passes in oof.items() for (_, view), values in passes.items()}
+    return Gains(Blend.fit(sources, targets, TASK.merit, method="pool"), targets, TASK.merit, TASK.doubt)
+
+
+def effective(pattern: Pattern) -> Pattern:
+    """The full view instead of the short one."""
+    return pattern - {"dear@short"} if "dear" in pattern else pattern
+
+
+STEPS = {"cheap": Step(0.01, 0.1), "dear": Step(0.1, 1.0), "dear@short": Step(0.1, 0.5)}
+
+
+def test_with_time_for_everything_exactly_the_final_blend_is_worth_having() -> None:
+    assert worth_having(make_gains(), STEPS, CORE, effective, 100.0) == CORE
+    assert worth_having(make_gains(), STEPS, frozenset({"dear"}), effective, 100.0) == {"dear"}
+
+
+def test_with_half_the_time_the_cheaper_view_takes_the_place_of_the_full_one() -> None:
+    steps = {"dear": Step(0.0, 1.0), "dear@short": Step(0.0, 0.3)}
+    gains = make_gains()
+    assert worth_having(gains, steps, frozenset({"dear"}), effective, 1.1) == {"dear"}
+    assert "dear@short" in worth_having(gains, steps, frozenset({"dear"}), effective, 0.35)
+
+
+def test_a_source_that_cannot_be_loaded_in_time_stands_in_nobody_s_way() -> None:
+    steps = {**STEPS, "dear": Step(50.0, 1.0), "dear@short": Step(50.0, 0.5)}
+    assert "cheap" in worth_having(make_gains(), steps, CORE, effective, 5.0)
+
+
+def test_no_time_and_no_sources_are_no_trouble() -> None:
+    assert worth_having(make_gains(), STEPS, CORE, effective, 0.0) <= set(STEPS)
+    assert worth_having(make_gains(), {}, frozenset(), effective, 10.0) == frozenset()
+
+
+def test_contexts_that_are_shared_are_paid_once() -> None:
+    assert together([Step(1, 2, "k", 3), Step(1, 2, "k", 3), Step(1, 2)]) == 12
+    steps = {"cheap": Step(0.0, 0.1, "k", 1.0), "dear": Step(0.0, 1.0, "k", 1.0)}
+    assert worth_having(make_gains(), steps, CORE, effective, 2.2) == CORE
+
+
+def test_the_cheapest_source_is_insurance_if_it_costs_next_to_nothing() -> None:
+    assert insurance(STEPS, 10.0) == "cheap"
+    assert insurance(STEPS, 1.0) is None
+    assert insurance({}, 1.0) is None
