@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import pytest
 
-from kit.budget import NINE_HOURS_S, Budget, seconds_since_process_start
+from kit.budget import NINE_HOURS_S, Budget, Cost, Interval, seconds_since_process_start
 from kit.errors import BudgetError
 
 
@@ -100,3 +101,59 @@ def test_two_budgets_share_no_measurements() -> None:
     with first.measure("load"):
         pass
     assert second.measured == {}
+
+
+def test_a_guessed_cost_is_right_within_its_spread() -> None:
+    forecast = Cost(2.0, spread=3.0).forecast(10)
+    assert forecast == pytest.approx((20 / 3, 20, 60))
+    assert Cost(2.0).forecast(0) == (0, 0, 0)
+    assert Interval(1, 2, 3).plus(Interval(1, 1, 1)) == (2, 3, 4)
+
+
+def test_the_first_measurement_all_but_replaces_the_guess_and_the_interval_shrinks() -> None:
+    cost, widths = Cost(1.0), []
+    for _ in range(8):
+        forecast = cost.forecast()
+        widths.append(forecast.high / forecast.low)
+        cost.update(5.0, 10)
+    assert cost.measurements == 8
+    assert cost.forecast().mid == pytest.approx(0.5, rel=0.01)
+    assert widths[0] > widths[1] > widths[-1]
+    fresh = Cost(1.0)
+    fresh.update(5.0, 10)
+    assert fresh.forecast().mid == pytest.approx(0.5, rel=0.1)
+
+
+def test_ninety_percent_of_what_comes_lies_in_the_interval() -> None:
+    rng, cost, inside = np.random.default_rng(0), Cost(1.0), []
+    for _ in range(600):
+        seconds = float(np.exp(rng.normal(0, 0.3)))
+        forecast = cost.forecast()
+        inside.append(forecast.low <= seconds <= forecast.high)
+        cost.update(seconds, 1)
+    assert 0.82 < np.mean(inside) < 0.97
+    assert cost.forecast().mid == pytest.approx(1.0, rel=0.35)
+
+
+@pytest.mark.parametrize("factor", [0.2, 4.0])
+def test_a_machine_that_changes_is_followed_at_once(factor: float) -> None:
+    cost = Cost(1.0)
+    for _ in range(20):
+        cost.update(1.0, 1)
+    for _ in range(2):
+        cost.update(factor, 1)
+    assert cost.forecast().mid == pytest.approx(factor, rel=0.15)
+
+
+def test_one_slow_order_does_not_upset_a_known_cost_for_long() -> None:
+    cost = Cost(1.0)
+    for seconds in [1.0] * 20 + [1.3] + [1.0] * 5:
+        cost.update(seconds, 1)
+    assert cost.forecast().mid == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("seconds", "units"), [(0, 1), (1, 0), (-1, 1), (1, -1)])
+def test_measurements_that_mean_nothing_are_ignored(seconds: float, units: float) -> None:
+    cost = Cost(1.0)
+    cost.update(seconds, units)
+    assert (cost.measurements, cost.forecast().mid) == (0, pytest.approx(1.0))

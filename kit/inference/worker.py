@@ -93,7 +93,7 @@ def _end(worker: BaseProcess | None, patience_s: float = 0) -> int | None:
 def _forked(run: Path, control: Connection, pipe: Connection, keeper: int, scorer: ModuleType) -> None:
     began = time.monotonic()
     control.close()
-    pass
+    _Watch(keeper)
     _work(run, "cpu", pipe, began, scorer)
 
 

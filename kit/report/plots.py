@@ -226,5 +226,5 @@ def _draw_estimates(axes: Axes, points: Mapping[str, Mapping[str, float]], name:
     """Estimates over shares of the cost with their intervals, moved a little sideways so that policies do not hide each other."""
     moved = [float(share) * 1.035 ** (place - (places - 1) / 2) for share in points]
     values = [point["value"] for point in points.values()]
-    around = [[abs(point["value"] - point[end]) for point in points.values()] for end in ("high", "low")]
+    around = [[abs(point["value"] - point[end]) for point in points.values()] for end in ("low", "high")]
     axes.errorbar(moved, values, yerr=around, fmt=f"o{line}", color=f"C{place}", ms=4, capsize=3, lw=1.2, label=name)

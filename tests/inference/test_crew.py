@@ -415,6 +415,8 @@ def start_parent(run: Path) -> Iterator[subprocess.Popen[str]]:
             yield script
         finally:
             script.kill()
+            for pid in processes(run):  # none, unless the test fails
+                os.kill(pid, signal.SIGKILL)
 
 
 # --- how they start --------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from kit.budget import Budget
 from kit.inference.crew import Event, Fetch, Order
 from kit.inference.dispatch import Dispatch, Settings
 from kit.inference.planner import Pass
-from kit.inference.simulate import Clock, Fault, Law, Silent, Speed
-from tests.inference.worlds import BATCH_TOKENS, TASK, World, make_world, rows_of
+from kit.inference.simulate import Clock, Fault, Law, Speed
+from tests.inference.worlds import BATCH_TOKENS, World, make_world, rows_of
 
 WEAK = Law("weak", {"full": 0.6}, row_s=0.1, load_s=2)
 STRONG = Law("strong", {"full": 2.0, "short": 1.7}, row_s=0.5, load_s=5)
@@ -99,7 +99,7 @@ def test_with_two_slots_no_row_is_scored_twice_by_a_fit() -> None:
 
 
 def test_a_device_that_becomes_slower_is_followed() -> None:
-    world = make_world([STRONG], total_s=65, speeds=[Speed((20.0,), (1.0, 0.25))])
+    world = make_world([Law("strong", {"full": 2.0}, row_s=0.5, load_s=5)], total_s=65, speeds=[Speed((20.0,), (1.0, 0.25))])
     world.dispatch.run()
     early, late = ([span for span in world.dispatch.spans if span.state == "done" and (span.start < 20) == first] for first in (True, False))
     assert late[-1].forecast.mid / len(late[-1].rows) > 2 * early[-1].forecast.mid / len(early[-1].rows)
@@ -243,7 +243,7 @@ FAULTS = st.one_of(
 PERIODS = st.tuples(st.floats(0.1, 300), st.floats(0.1, 5), st.floats(0.1, 5))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     total_s=st.floats(1, 2000), slots=st.integers(1, 3), fits=st.integers(1, 3), faults=st.tuples(FAULTS, FAULTS), periods=PERIODS,
     fetch_s=st.sampled_from([0.0, 0.5, float("inf")]), load_s=st.floats(0.0, 100),
@@ -268,12 +268,3 @@ def test_whatever_happens_it_ends_by_the_deadline_with_all_that_was_scored(
     for work in {span.work for span in good}:
         rows = np.concatenate([span.rows for span in good if span.work == work])
         assert len(rows) == len(set(rows.tolist()))
-
-
-def test_a_silent_listener_keeps_the_decisions() -> None:
-    listener = Silent()
-    listener.decided("one")
-    listener.scored(Pass("m", "fold0"), np.arange(2), np.zeros((2, 5)))
-    listener.fetched("k", np.arange(2), {}, np.zeros(2))
-    assert listener.decisions == ["one"]
-    assert TASK.top == 3
