@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 AUTO = "auto"  # the device of a worker that is to find out
 _ANSWER_S = 2.0  # a keeper answers within milliseconds, unless it hangs
 _LEAVE_S = 1.0  # what a process that has closed its pipe takes to end by itself, with the exit status that says why
+_REPORT_S = 300.0  # torch from a disk that is read for the first time takes minutes; a keeper that hangs must not keep the run waiting for ever
 _DEATH_S = 10.0  # a killed process is gone within milliseconds, unless a driver holds it
 _TAIL = 2000  # bytes of a log in which the reason of an end is looked for
 _NO_MEMORY = ("MemoryError", "OutOfMemory", "bad_alloc", "t allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED")
@@ -188,7 +189,7 @@ class _Slot:
 
     def find_devices(self) -> list[str]:
         """The devices that the keeper sees, of which this slot takes the first."""
-        found = (self._keeper.report() if self._keeper else None) or ["cpu"]
+        found = (self._keeper.report(_REPORT_S) if self._keeper else None) or ["cpu"]
         self.device = found[0]
         return found
 
@@ -277,7 +278,7 @@ class _Keeper:
         """Whether its process has ended."""
         return self._process.poll() is not None
 
-    def report(self, seconds: float | None = None) -> list[str] | None:
+    def report(self, seconds: float) -> list[str] | None:
         """The devices that it sees, once it has imported what scoring needs; None before that (after `seconds`), or if it has ended."""
         with contextlib.suppress(OSError, EOFError):
             if self._devices is None and self._control.poll(seconds):

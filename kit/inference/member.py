@@ -35,8 +35,10 @@ class Member:
 
     @classmethod
     def open(cls, bundle: manifest.Manifest) -> Member:
-        """The member of a bundle, its recipe read."""
+        """The member of a bundle, its recipe read. Raises BundleError and ConfigError."""
         recipe = Recipe.load(bundle.root / "recipe.toml")
+        if missing := {"fits", "index"} - set(bundle.meta):  # nobody hashes a manifest
+            raise BundleError(f"{bundle.root / manifest.FILE}: unreadable manifest (it has no {min(missing)}): pack the bundle again")
         return cls(bundle.root, bundle.name, recipe, tuple(bundle.meta["fits"]), bundle.meta["index"], bundle.digest)
 
     @cached_property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -144,14 +145,18 @@ class _Inference:
             self.submission = Submission.open(self.options.out, self.task, read_table(self.options.test), self.options.sample)
             self.examples = self.submission.examples
             self.submission.write()
-        self._make_folder(members)
-        crew = self.options.open_crew(self.folder)  # it begins to import what scoring needs
+        crew = self._start_crew(members)
         try:
             with self.budget.measure("verify"):
                 self.members, indexes = self._verify(members)
             with self.budget.measure("blend"):
                 self.weighed = self._weigh()
-            self._write_setup(indexes)
+            try:
+                self._write_setup(indexes)
+            except OSError as error:
+                crew.close()
+                crew = self._move_out(error)
+                self._write_setup(indexes)
             self.planner = self._planner(crew.slots)
             self._resume()
             settings = {member.name: Settings(member.recipe.infer.batch_tokens, member.recipe.infer.precision) for member in self.members}
@@ -161,6 +166,7 @@ class _Inference:
         finally:
             crew.close()
         self._rewrite(last=True)
+        self.submission.close()
         outcome = self._outcome()
         self._try_to(lambda: outcome.save(self.folder))
         return outcome
@@ -223,6 +229,14 @@ class _Inference:
             self.members = [alone]
             return weigh(self.members)
 
+    def _start_crew(self, members: Sequence[Member]) -> Crew:
+        """The crew, which begins to import what scoring needs."""
+        try:
+            self._make_folder(members)
+            return self.options.open_crew(self.folder)
+        except OSError as error:
+            return self._move_out(error)
+
     def _make_folder(self, members: Sequence[Member]) -> None:
         """The run folder, empty unless it is that of the same test set, members and kit."""
         self.folder = self.options.out.with_suffix(".run").absolute()
@@ -231,6 +245,12 @@ class _Inference:
         if self._old_setup().get("state") != self.state:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _move_out(self, error: OSError) -> Crew:
+        """A crew in a run folder elsewhere, where this one cannot be written: a later start will not find it."""
+        self.folder = Path(tempfile.mkdtemp(prefix="kit-run-"))
+        self.decided(f"the run folder is {self.folder}, since the one beside the submission cannot be written: {error}")
+        return self.options.open_crew(self.folder)
 
     def _old_setup(self) -> dict[str, Any]:
         try:

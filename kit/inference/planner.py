@@ -378,8 +378,9 @@ class Planner:
             wanted = worth_having(self.gains, steps, self._core, self._effective, whole)
             self._insurance = insurance(steps, whole) if (self._pattern == 0).all() else self._insurance
             if wanted != self._wanted:
-                left_out = sorted(set(steps) - wanted)
-                self.on_decision(f"worth having in {seconds:.0f} s: {', '.join(sorted(wanted))}" + (f"; first of all: {self._insurance}" if self._insurance else "") + (f"; left out: {', '.join(left_out)}" if left_out else ""))
+                parts = {"first of all": [self._insurance] if self._insurance else [], "left out": sorted(set(steps) - wanted)}
+                more = "".join(f"; {name}: {', '.join(sources)}" for name, sources in parts.items() if sources)
+                self.on_decision(f"worth having in {seconds:.0f} s: {', '.join(sorted(wanted))}{more}")
             self._wanted, self._wanted_for = wanted, horizon
         return self._wanted
 

@@ -221,7 +221,6 @@ class Silent:
 
 _OPTIONS = 5
 _SHARED, _OWN, _VIEW, _FIT = 0.6, 0.7, 0.35, 0.35  # how much of the logits is noise of the row, of the member, its view, its fit
-_RUNS_PER_WORLD = 20
 _LEAST_S = 120.0  # of a budget
 _FAILS = 0.1  # chance that a member fails
 _FETCH_FAILS = 0.03
@@ -301,10 +300,10 @@ class Report:
         }
 
 
-def simulate(runs: int = 2000, seed: int = 0, *, processes: int | None = None) -> Report:
+def simulate(runs: int = 2000, seed: int = 0, *, per_world: int = 20, processes: int | None = None) -> Report:
     """Made-up competitions, each run several times with other budgets, devices and faults. processes: as many as there are cores."""
     clock = Budget(used_s=0)
-    worlds = [(seed, number, min(_RUNS_PER_WORLD, runs - number)) for number in range(0, runs, _RUNS_PER_WORLD)]
+    worlds = [(seed, number, min(per_world, runs - number)) for number in range(0, runs, per_world)]
     done: list[Run] = []
     with tqdm(total=runs, desc="simulate", unit="run", disable=None) as bar:
         for several in _map(_run_world, worlds, processes or os.cpu_count() or 1):

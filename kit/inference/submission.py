@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from kit.errors import DataError
 from kit.manifest import write_atomically
 from kit.metrics import bootstrap
 from kit.tasks import Task
+
+_RESERVES = 2  # times the size of the file is kept free for its next version
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,23 @@ class Submission:
         rows = rows.set_index("id", drop=False).loc[list(self.order)].reset_index(drop=True)
         if faults := self.task.check(table := Table(str(self.path), rows), self.test):
             raise table.error(faults[0].why, row=faults[0].row, column=faults[0].column)
-        write_atomically(self.path, rows.to_csv(index=False, lineterminator="\n"))
+        content = rows.to_csv(index=False, lineterminator="\n").encode()
+        try:
+            write_atomically(self.path, content)
+        except OSError:  # the disk is full: what was kept free for this
+            self._reserve.unlink(missing_ok=True)
+            write_atomically(self.path, content)
+        with suppress(OSError):
+            self._reserve.write_bytes(bytes(_RESERVES * len(content)))
+
+    def close(self) -> None:
+        """Give back the room that was kept for the next version."""
+        self._reserve.unlink(missing_ok=True)
+
+    @property
+    def _reserve(self) -> Path:
+        """A file that holds room for the next version, if others fill the disk."""
+        return self.path.with_name(f".{self.path.name}.reserve.part")
 
 
 def score(submission: Path, answers: Path, task: Task) -> dict[str, float]:

@@ -79,7 +79,7 @@ def chaos(
     bundles: Path | None = None,
     competition: Path | None = None,
 ) -> dict[str, Any]:
-    """Kill runs until `kills` fell after the first seconds, try each fault (None: all), and write artifacts/chaos/summary.json, which it gives.
+    """Kill runs so many times, try each fault (None: all), and write artifacts/chaos/summary.json, which it gives.
 
     bundles: a folder of member and index bundles, and the competition they are for, with answers; by default members are trained on the sample.
     Raises ConfigError for an unknown fault, BundleError without bundles, and RehearsalError, once the summary is written, where a promise was broken.
@@ -88,12 +88,12 @@ def chaos(
     shutil.rmtree(folder, ignore_errors=True)
     if bundles is None or competition is None:
         bundles, competition = _sample(folder)
-    bench = _Bench.prepare(bundles.resolve(), competition.resolve(), folder)
-    tally = Tally(longest_s=bench.seconds)
+    bench = Bench.prepare(bundles.resolve(), competition.resolve(), folder)
+    tally = Tally()
     with tqdm(total=kills, desc="kills", disable=None) as bar:
         rng = np.random.default_rng(seed)
-        while tally.late < kills and len(tally.blows) < 5 * kills:  # where runs are over before anything is promised, the second ends it
-            tally.stories.append(_killed_run(bench, folder / "runs" / f"{len(tally.stories):04d}", rng, tally, kills, bar))
+        while len(tally.kills) < kills:
+            tally.stories.append(_killed_run(bench, folder / "runs" / f"{len(tally.stories):04d}", rng, kills - len(tally.kills), bar))
     told = {name: _try(bench, name, fault) for name, fault in tqdm(chosen.items(), "faults", disable=None)}
     summary = {**tally.summary(), "map@3": bench.metric, "run_s": round(bench.seconds, 1), "seconds": round(time.monotonic() - begun, 1), "faults": told}
     manifest.write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
@@ -120,7 +120,7 @@ def _verdict(entry: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class _Bench:
+class Bench:
     """What every run is made from, and what one that was left alone gave: bytes of its submission, its metric, its seconds, its best member's bundle."""
 
     bundles: Path
@@ -132,7 +132,7 @@ class _Bench:
     victim: str = ""
 
     @classmethod
-    def prepare(cls, bundles: Path, competition: Path, folder: Path) -> _Bench:
+    def prepare(cls, bundles: Path, competition: Path, folder: Path) -> Bench:
         """A bench with the reference of an undisturbed run. Raises BundleError, RehearsalError where even that one fails."""
         bench = cls(bundles, competition, folder)
         with Run.start(bench.command(folder / "undisturbed" / SUBMISSION), folder / "undisturbed", folder / "undisturbed.log") as run:
@@ -217,46 +217,65 @@ def draw(rng: np.random.Generator, longest_s: float) -> Blow:
 
 
 @dataclass
+class Kill:
+    """at_s: since the first start in this run folder. had_file: whether there was a valid submission at once.
+
+    is_valid: whether there was one by the time it was promised: at once, or if that was before, as soon as it was due; None until that is known.
+    """
+
+    at_s: float
+    target: str
+    had_file: bool
+    is_valid: bool | None = None
+
+
+@dataclass
 class Story:
     """One run folder from its first start (`first`, on the monotonic clock) to its end.
 
-    blows: (seconds since the first start, target, whether the submission was valid then). first_valid_s: until the first valid file, if no blow
-    came before it. broken: promises, one line each.
+    due: when there must be a valid file: PROMISED_S after the start; None once there was one, for from then on there must be always.
+    first_valid_s: from the first start to the first valid file, if no kill came before it. broken: promises, one line each.
     """
 
     folder: Path
     first: float = 0.0
-    blows: list[tuple[float, str, bool]] = field(default_factory=list)
+    due: float | None = 0.0
+    kills: list[Kill] = field(default_factory=list)
     first_valid_s: float | None = None
     is_equal: bool = False
     broken: list[str] = field(default_factory=list)
-
-    @property
-    def late(self) -> int:
-        """Blows after the first seconds."""
-        return sum(at >= PROMISED_S for at, _, _ in self.blows)
 
     def say(self, line: str) -> None:
         """Note a broken promise."""
         self.broken.append(f"{self.folder.name}: {line}")
 
+    def begin(self, begun: float) -> None:
+        """The run is started, again perhaps."""
+        self.first = self.first or begun
+        self.due = None if self.due is None else begun + PROMISED_S
+
+    def look(self, objection: str, now: float) -> bool:
+        """Take note of what the submission is now; gives whether it is valid."""
+        if self.due is not None and objection and now < self.due:
+            return False  # nothing was promised yet
+        if objection:
+            self.say(f"no valid submission {now - self.first:.1f} s after the first start: {objection}")
+        for known in self.kills:
+            known.is_valid = not objection if known.is_valid is None else known.is_valid
+        self.due = None
+        return not objection
+
 
 @dataclass
 class Tally:
-    """All runs that were killed. longest_s: of a run that nobody kills."""
+    """All runs that were killed."""
 
-    longest_s: float
     stories: list[Story] = field(default_factory=list)
 
     @property
-    def blows(self) -> list[tuple[float, str, bool]]:
+    def kills(self) -> list[Kill]:
         """Of all runs."""
-        return [blow for story in self.stories for blow in story.blows]
-
-    @property
-    def late(self) -> int:
-        """Blows after the first seconds."""
-        return sum(story.late for story in self.stories)
+        return [one for story in self.stories for one in story.kills]
 
     @property
     def broken(self) -> list[str]:
@@ -264,33 +283,36 @@ class Tally:
         return [line for story in self.stories for line in story.broken]
 
     def summary(self) -> dict[str, Any]:
-        """kills and valid: after the first seconds; valid_early: before. resumed: of the runs that were killed, how many ended as the undisturbed one."""
-        early = [is_valid for at, _, is_valid in self.blows if at < PROMISED_S]
-        killed = [story.is_equal for story in self.stories if story.blows]
+        """valid: kills with a valid file at the latest when it was due; valid_early: of those in the first seconds, how many found one already.
+
+        resumed: runs that were killed, and how many of them ended with the submission of the undisturbed one.
+        """
+        early = [one.had_file for one in self.kills if one.at_s < PROMISED_S]
+        killed = [story.is_equal for story in self.stories if story.kills]
         firsts = [story.first_valid_s for story in self.stories if story.first_valid_s is not None]
         return {
-            "kills": self.late,
-            "valid": sum(is_valid for at, _, is_valid in self.blows if at >= PROMISED_S),
+            "kills": len(self.kills),
+            "valid": sum(bool(one.is_valid) for one in self.kills),
             "valid_early": {"kills": len(early), "valid": sum(early)},
             "first_valid_s": {"median": round(statistics.median(firsts), 2), "max": round(max(firsts), 2)} if firsts else {},
             "resumed_equal": all(killed),
             "resumed": {"runs": len(killed), "equal": sum(killed)},
             "runs": len(self.stories),
-            "targets": dict(Counter(target for _, target, _ in self.blows)),
+            "targets": dict(Counter(one.target for one in self.kills)),
             "broken": self.broken,
         }
 
 
-def _killed_run(bench: _Bench, folder: Path, rng: np.random.Generator, tally: Tally, kills: int, bar: Any) -> Story:
-    """Start, kill and start again in one run folder until it ends by itself; `folder` is kept where a promise was broken."""
+def _killed_run(bench: Bench, folder: Path, rng: np.random.Generator, most: int, bar: Any) -> Story:
+    """Start, kill and start again in one run folder until it ends by itself, after `most` kills undisturbed; kept where a promise was broken."""
     story, command, log = Story(folder), bench.command(folder / SUBMISSION), folder.with_suffix(".log")
     code: int | None = -1
     while code is not None and code < 0:  # killed
         with Run.start(command, folder, log) as run:
-            story.first = story.first or run.begun
-            blow = draw(rng, tally.longest_s) if tally.late + story.late < kills else None
+            story.begin(run.begun)
+            blow, before = draw(rng, bench.seconds) if len(story.kills) < most else None, len(story.kills)
             code = _one_start(bench, story, run, blow, rng)
-        bar.update(tally.late + story.late - bar.n)
+            bar.update(len(story.kills) - before)
     story.is_equal = run.submission.is_file() and run.submission.read_bytes() == bench.reference
     if not story.is_equal:
         story.say(f"its submission differs from that of the undisturbed run (exit code {code})")
@@ -300,29 +322,31 @@ def _killed_run(bench: _Bench, folder: Path, rng: np.random.Generator, tally: Ta
     return story
 
 
-def _one_start(bench: _Bench, story: Story, run: Run, blow: Blow | None, rng: np.random.Generator) -> int | None:
+def _one_start(bench: Bench, story: Story, run: Run, blow: Blow | None, rng: np.random.Generator) -> int | None:
     """Watch one start, deal the blow, and judge what it leaves. Gives the exit code, negative if the run was killed; None if it did not end."""
     _watch(bench, story, run, blow.after_s if blow else _STUCK_S)
     known = run.family()
     if blow and _strike(run, blow.target, rng):
-        at, objection = time.monotonic() - story.first, bench.objection(run.submission)
-        story.blows.append((at, blow.target, not objection))
-        if objection and at >= PROMISED_S:
-            story.say(f"no valid submission {at:.1f} s after the first start: {objection}")
+        now, objection = time.monotonic(), bench.objection(run.submission)
+        story.kills.append(Kill(now - story.first, blow.target, not objection))
+        story.look(objection, now)
+        _watch(bench, story, run, _STUCK_S)  # a run goes on that has lost a worker
     code = _finish(run, _STUCK_S)
     if code is None:
         story.say(f"it did not end within {_STUCK_S:.0f} s")
+    elif code >= 0:
+        story.look(bench.objection(run.submission), time.monotonic())
     if orphans := _bury(run, known):
         story.say(orphans)
     return code
 
 
-def _watch(bench: _Bench, story: Story, run: Run, seconds: float) -> None:
-    """Wait for the moment of the blow, or the end; of a first start note when its first file is there, and whether that is valid."""
-    if run.begun == story.first and run.until(run.submission.is_file, seconds):
-        story.first_valid_s = run.seconds
-        if objection := bench.objection(run.submission):
-            story.say(f"its first submission is not valid: {objection}")
+def _watch(bench: Bench, story: Story, run: Run, seconds: float) -> None:
+    """Wait for so many seconds of the run, or its end; look at its submission as soon as there is one, or must be."""
+    while story.due is not None and not run.is_over and run.seconds < seconds:
+        run.until(run.submission.is_file, min(story.due - time.monotonic(), seconds - run.seconds))
+        if story.look(bench.objection(run.submission), time.monotonic()) and run.begun == story.first:
+            story.first_valid_s = run.seconds
     run.until(lambda: run.seconds >= seconds)
 
 
@@ -359,7 +383,7 @@ def _left(run: Run, known: Sequence[psutil.Process]) -> list[psutil.Process]:
 # --- part 2: faults --------------------------------------------------------------------------------------------------------------
 
 
-def _try(bench: _Bench, name: str, fault: Fault) -> dict[str, Any]:
+def _try(bench: Bench, name: str, fault: Fault) -> dict[str, Any]:
     """Run once with a fault and judge what came of it. Submission, run folder and log are kept, the spoiled bundles are not."""
     folder = bench.folder / "faults" / name
     bundles = Path(shutil.copytree(bench.bundles, folder / "bundles"))

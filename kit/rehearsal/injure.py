@@ -27,6 +27,7 @@ _PAUSE_S = 0.02
 _PATIENCE_S = 15.0  # for a scoring process that was forked; where there is a GPU none is
 _PERIOD_S = 0.4  # of stopping and going on
 _DISK_MB = 4
+_SPARE = 16 << 20  # bytes: enough for the stack of a thread, not for a model at work
 
 T = TypeVar("T")
 
@@ -196,13 +197,13 @@ def _seal(bundle: Path) -> None:
 
 
 def starve(run: Run) -> None:
-    """Give three scoring processes, one after the other, no more address space than they have."""
+    """Give three scoring processes, one after the other, hardly more address space than they have."""
     met: set[int] = set()
     while len(met) < 3 and (process := run.next_scorer(met)):
         met.add(process.pid)
         with contextlib.suppress(psutil.Error):
-            held = process.memory_info().vms
-            process.rlimit(psutil.RLIMIT_AS, (held, held))
+            allowed = process.memory_info().vms + _SPARE
+            process.rlimit(psutil.RLIMIT_AS, (allowed, allowed))
 
 
 def kill_twice(run: Run) -> None:
@@ -246,8 +247,19 @@ def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None
 
 
 def fill_disk(run: Run) -> None:
-    """Leave no byte free where the run writes, once its first submission is there; where the disk is not its own, forbid it to write."""
+    """Leave no byte free where the run writes, once its first submission is there."""
     run.until(run.submission.is_file)
+    _fill(run)
+
+
+def fill_disk_later(run: Run) -> None:
+    """Leave no byte free where the run writes, once some rows are scored."""
+    run.until(run.has_scored)
+    _fill(run)
+
+
+def _fill(run: Run) -> None:
+    """Fill the disk until the run is over; where it is not its own, forbid the run to write."""
     if not os.path.ismount(run.folder):
         for process in [run.process, *run.family()]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -321,7 +333,7 @@ def infer_command(bundles: Sequence[Path], test: Path, sample: Path | None, out:
 
 
 FAULTS: dict[str, Fault] = {
-    "out-of-memory": Fault("three scoring processes in turn get no more address space than they have (RLIMIT_AS)", during=starve),
+    "out-of-memory": Fault("three scoring processes in turn get 16 MB more address space than they have, and no more (RLIMIT_AS)", during=starve),
     "killed-twice": Fault("SIGKILL to a scoring process, and to the next one", during=kill_twice),
     "hang": Fault("SIGSTOP to a scoring process, and never SIGCONT", during=stop),
     "nan": Fault("every weight of a member is NaN, in a bundle that verifies", poison),
@@ -332,6 +344,7 @@ FAULTS: dict[str, Fault] = {
         during=slow_down_loading, seconds=60, reserve_s=3,
     ),
     "disk-full": Fault("the disk with submission and run folder is filled up after the first submission", during=fill_disk, disk_mb=_DISK_MB),
+    "disk-fills": Fault("the disk with submission and run folder is filled up after the first scores", during=fill_disk_later, disk_mb=_DISK_MB),
     "flipped-byte": Fault("one bit of a member's weights is turned", flip),
     "truncated-file": Fault("the weights of a member are cut off in the middle", truncate),
     "member-missing": Fault("the bundle of a member is not there", shutil.rmtree),

@@ -71,6 +71,12 @@ def test_at_the_deadline_what_is_running_is_cut_and_given_back() -> None:
     assert said(world, "the time is up")
 
 
+def test_at_the_deadline_the_processes_that_work_are_ended() -> None:
+    _, crew, dispatch = scripted([], total_s=10)
+    dispatch.run()
+    assert crew.dismissed == 1
+
+
 def test_nothing_begins_in_the_reserve() -> None:
     world = make_world([WEAK])
     budget = Budget(100, 40, used_s=61, clock=world.clock)
@@ -128,7 +134,7 @@ def test_a_member_that_hangs_is_given_up_after_the_patience() -> None:
 def test_a_beat_renews_the_patience() -> None:
     order = 1
     beats = [(50.0, [Event(0, order, "beat")]) for _ in range(5)]
-    world, crew, dispatch = scripted(beats)
+    _world, crew, dispatch = scripted(beats)
     dispatch.run()
     assert dispatch.spans[0].end == pytest.approx(5 * 50 + 60, abs=1)
     assert dispatch.spans[0].state == "failed"
@@ -262,7 +268,7 @@ def test_whatever_happens_it_ends_by_the_deadline_with_all_that_was_scored(
     world.dispatch.run()
     assert world.budget.elapsed() <= total_s + 0.1 * slots + 1e-3  # a tenth of a second to end a process
     assert all(span.state != "busy" for span in world.dispatch.spans)
-    good = [span for span in world.dispatch.spans if span.state == "done" and not span.key and not struck.get(span.name, Fault("dies")).kind == "nan"]
+    good = [span for span in world.dispatch.spans if span.state == "done" and not span.key and struck.get(span.name, Fault("dies")).kind != "nan"]
     scored = {row for span in good for row in span.rows}
     assert scored == set(np.flatnonzero(np.isfinite(world.planner.prediction()).all(-1))) or any(fault.kind == "nan" for fault in struck.values())
     for work in {span.work for span in good}:

@@ -289,6 +289,10 @@ def fill_with_noise(path: Path) -> None:
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
+def misspell(path: Path) -> None:
+    path.write_text(path.read_text().replace('"fits"', '"fitz"'))
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "weights": ("fold0/model.safetensors", packed.damage, "file fold0/model.safetensors is damaged"),
     "tokenizer": ("fold1/tokenizer.json", packed.damage, "file fold1/tokenizer.json is damaged"),
@@ -298,6 +302,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a recipe": ("recipe.toml", fill_with_noise, "TOML"),
     "no recipe": ("recipe.toml", Path.unlink, "recipe.toml"),
     "a manifest": ("MANIFEST.json", fill_with_noise, "MANIFEST.json: unreadable manifest"),
+    "a word of the manifest": ("MANIFEST.json", misspell, "MANIFEST.json: unreadable manifest (it has no fits)"),
     "no manifest": ("MANIFEST.json", Path.unlink, "MANIFEST.json"),
 }
 

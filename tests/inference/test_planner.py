@@ -236,6 +236,34 @@ def test_a_faster_machine_changes_what_is_worth_having() -> None:
     assert sum("worth having" in text for text in world.listener.decisions) == 2
 
 
+def test_with_ample_time_a_slot_stays_with_what_it_has_loaded() -> None:
+    weak = Law("weak", {"full": 1.0}, fits=("fold0", "fold1"), row_s=0.1, load_s=2)
+    world = make_world([weak, Law("strong", {"full": 2.0}, row_s=0.1, load_s=2)])
+    score_all(world, Pass("weak", "fold0"))
+    score_all(world, Pass("weak", "fold1"), np.arange(60))
+    ample, short = world.planner.next(Pass("weak", "fold1"), 1e5), world.planner.next(Pass("weak", "fold1"), 8.0)
+    assert ample is not None
+    assert short is not None
+    assert ample.work == Pass("weak", "fold1")
+    assert short.work == Pass("strong", "fold0")
+
+
+def test_rows_that_are_or_will_be_there_in_full_are_not_scored_in_the_cheaper_view() -> None:
+    world = make_world([STRONG])
+    score_all(world, Pass("strong", "fold0"), np.arange(60))
+    world.planner.take(Pass("strong", "fold0"), np.arange(60, 80))
+    assert np.flatnonzero(world.planner._open(Pass("strong", "fold0", "short"))).tolist() == list(range(80, 120))
+
+
+def test_what_was_left_out_is_scored_rather_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kit.inference.planner.worth_having", lambda *_: frozenset({"weak"}))
+    world = make_world([WEAK, STRONG])
+    score_all(world, Pass("weak", "fold0"))
+    choice = world.planner.next(None, 1000.0)
+    assert choice is not None
+    assert choice.work.member == "strong"
+
+
 def test_the_blend_is_the_same_whatever_the_order_and_the_interruptions() -> None:
     laws = [WEAK, STRONG, Law("third", {"full": 1.0}, fits=("fold0", "fold1", "fold2"), row_s=0.3, load_s=3)]
     passes = [Pass(law.name, fit) for law in laws for fit in law.fits]
