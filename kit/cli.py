@@ -160,6 +160,32 @@ def infer(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: kit plan sample_minilm sample_rules --rows 4000 --device t4x2")
+def plan(
+    members: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes, run folders or member bundles.")],
+    rows: Annotated[int, typer.Option(help="Rows of the test set.")] = 4000,
+    device: Annotated[str, typer.Option(help="The machine: cpu, t4, t4x2, p100, l4, l4x4, a100 or h100.")] = "t4x2",
+    hours: Annotated[float, typer.Option(help="Time allowed.")] = NINE_HOURS_S / 3600,
+    artifacts: Artifacts = Path("artifacts"), as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Predict the timeline of inference on a stated machine: what is scored when, and what does not fit."""
+    from kit.inference.plan import plan as plan_run
+
+    _show(plan_run(members, rows, device, budget_s=hours * 3600, artifacts=artifacts).summary(), as_json)
+
+
+@app.command(epilog="Example: kit simulate --runs 2000 --json")
+def simulate(
+    runs: Annotated[int, typer.Option(help="How many runs.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Which made-up competitions.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run the real planner on a fake clock, with made-up members, devices and faults: how often it ends in time, and how much of it is used."""
+    from kit.inference.simulate import simulate as simulate_runs
+
+    _show(simulate_runs(runs, seed).summary(), as_json)
+
+
 @app.command(epilog="Example: kit score submission.csv artifacts/sample/test_answers.csv --json")
 def score(
     submission: Annotated[Path, typer.Argument(help="The submission.")],

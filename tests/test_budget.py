@@ -144,6 +144,14 @@ def test_a_machine_that_changes_is_followed_at_once(factor: float) -> None:
     assert cost.forecast().mid == pytest.approx(factor, rel=0.1)
 
 
+def test_a_change_is_told_from_noise() -> None:
+    rng, cost = np.random.default_rng(0), Cost(1.0)
+    for _ in range(60):
+        cost.update(float(np.exp(rng.normal(0, 0.25))), 1)
+    cost.update(8.0, 1)
+    assert cost.forecast().mid == pytest.approx(8.0, rel=0.3)
+
+
 def test_one_slow_order_does_not_upset_a_known_cost_for_long() -> None:
     cost = Cost(1.0)
     for seconds in [1.0] * 20 + [1.3] + [1.0] * 5:

@@ -22,6 +22,7 @@ _CHARACTER = 5.2  # pixels of one character of a label
 _NAMED = 20  # members in the legend
 _SHOWN_SKIPPED = 8
 _LINE = 190  # characters of a line below the picture
+_NEAR = 0.02  # difference in the metric up to which the axis is linear
 _FAR = 1.6  # a deadline beyond this many times the end of the run is said, not drawn: it would squeeze the run
 
 
@@ -80,7 +81,7 @@ def draw_values(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     results: title → {"metric": name, "rows": N, "full_s": seconds of the full cost, "policies": {name: {share of the full cost: estimate}},
     "gains": {name: {share: estimate of the planner minus that policy}}}; an estimate has value, low and high. Raises DependencyError.
     """
-    figure = _figure(6.5 * len(results), 7.5, "drawing the value curve", "(the numbers are in the JSON file)")
+    figure = _figure(5.5 * len(results), 7.5, "drawing the value curve", "(the numbers are in the JSON file)")
     panels = figure.subplots(2, len(results), squeeze=False, sharex="col", height_ratios=[3, 2])
     for column, (title, result) in enumerate(results.items()):
         above, below = panels[:, column]
@@ -93,6 +94,7 @@ def draw_values(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
         above.set_ylabel(f"{result['metric']}, 95 % interval over rows")
         above.legend(fontsize=8, loc="lower right")
         below.axhline(0, color=_GREY, lw=0.8)
+        below.set_yscale("symlog", linthresh=_NEAR)  # small differences decide, and large ones must not hide them
         below.set_ylabel("planner minus the other, paired")
         below.set_xlabel("budget, share of the full cost")
         shares = sorted({float(share) for points in result["policies"].values() for share in points})

@@ -222,3 +222,15 @@ def test_the_method_of_the_blend_can_be_chosen(tmp_path: Path) -> None:
     two = members(tmp_path, expert(share(0, 2), 1), expert(share(1, 2), 2))
     assert weigh(two, "hill").blend.method == "hill"
     assert weigh(two).blend.method == "auto"
+
+
+def test_hints_of_the_oof_rows_are_given_to_the_blend(tmp_path: Path) -> None:
+    """Here they know every answer, and the members but two in three: trees learn to follow them."""
+    two, answers = members(tmp_path, expert(share(0, 3), 1), expert(share(1, 3), 2)), np.eye(5, dtype=np.float32)[TARGETS]
+    for one in two:
+        frame = pd.read_parquet(one.folder / "oof.parquet")
+        frame.assign(**{f"overlap{k}": answers[:, k] for k in range(5)}).to_parquet(one.folder / "oof.parquet", index=False)
+    weighed = weigh([Member.open(manifest.read(one.folder)) for one in two], "ranker")
+    unsure = {name: np.full((ROWS, 5), 0.2, np.float32) for name in "ab"}
+    hints = {"overlap": answers, "length": np.full((ROWS, 5), 9, np.float32)}
+    assert (weighed.blend.pool(unsure, hints).argmax(-1) == TARGETS).all()

@@ -237,7 +237,7 @@ def test_a_faster_machine_changes_what_is_worth_having() -> None:
 
 
 def test_with_ample_time_a_slot_stays_with_what_it_has_loaded() -> None:
-    weak = Law("weak", {"full": 1.0}, fits=("fold0", "fold1"), row_s=0.1, load_s=2)
+    weak = Law("weak", {"full": 1.8}, fits=("fold0", "fold1"), row_s=0.1, load_s=2)
     world = make_world([weak, Law("strong", {"full": 2.0}, row_s=0.1, load_s=2)])
     score_all(world, Pass("weak", "fold0"))
     score_all(world, Pass("weak", "fold1"), np.arange(60))

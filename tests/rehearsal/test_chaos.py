@@ -26,7 +26,7 @@ from tests import packed
 
 SLEEP = "import time; time.sleep(60)"
 CHILD = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}, sys.argv[1]]); {SLEEP}"
-WRITE = "import sys, time\nwhile True:\n    open(sys.argv[1], 'ab').write(b'x'); time.sleep(0.02)"
+WRITE = "import sys, time\nfile = open(sys.argv[1], 'ab', buffering=0)\nwhile True:\n    file.write(bytes(100)); time.sleep(0.02)"
 
 
 def start(code: str, folder: Path, *arguments: object) -> Run:
@@ -160,7 +160,7 @@ def test_a_throttled_process_does_little_and_goes_on_afterwards(tmp_path: Path) 
         injure._throttle(lambda: [run.process], 0.8, until=lambda: time.monotonic() > begun + 2)
         slow = out.stat().st_size - before
         assert run.process.status() != psutil.STATUS_STOPPED
-        assert 0 < slow < 2 / 0.02 / 2  # less than half of what it would have written
+        assert 0 < slow < 100 * 2 / 0.02 / 2  # less than half of what it would have written
         assert eventually(lambda: out.stat().st_size > before + slow)
 
 
@@ -170,11 +170,9 @@ def test_a_full_disk_takes_nothing_more_and_is_gone_afterwards(tmp_path: Path) -
         if not os.path.ismount(folder):
             pytest.skip("this machine lets nobody mount a disk")
         (folder / SUBMISSION).write_text("there")
-        with start("import sys; open(sys.argv[1], 'wb').write(bytes(8192))", folder, folder / "more") as run:
+        with start(WRITE, folder, folder / "more") as run:
             injure.fill_disk(run)
-            assert run.process.wait() == 0 or "No space left" in folder.with_suffix(".log").read_text()
-        with start(WRITE + "\n", folder, folder / "late") as run:
-            assert eventually(lambda: run.is_over)
+        assert (folder / SUBMISSION).read_text() == "there"
         assert "No space left" in folder.with_suffix(".log").read_text()
     assert not os.path.ismount(folder)
 
@@ -204,9 +202,9 @@ def test_poisoned_weights_are_all_nan_in_a_bundle_that_verifies(bundle: Path) ->
 def test_a_garbled_bundle_verifies_and_cannot_be_loaded(bundle: Path) -> None:
     injure.garble(bundle)
     recipe = Recipe.load(manifest.verify(bundle).root / "recipe.toml")
-    with pytest.raises(Exception, match=r"tokenizer\.json|EOF"):
+    with pytest.raises(Exception, match=r"fold0/(config|tokenizer)\.json"):
         assemble.load_tokens(recipe, bundle / "fold0")
-    with pytest.raises(Exception, match=r"config\.json|Unterminated"):
+    with pytest.raises(Exception, match=r"fold0/config\.json"):
         assemble.load_model(recipe, assemble.make_task(recipe), bundle / "fold0")
 
 
