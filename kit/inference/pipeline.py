@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,8 @@ class _Inference:
         try:
             with self.budget.measure("verify"):
                 self.members, indexes = self._verify(members)
+                self.task = self.members[0].task  # not that of a member that was damaged
+                self.submission = replace(self.submission, task=self.task)
             with self.budget.measure("blend"):
                 self.weighed = self._weigh()
             try:
@@ -198,7 +200,8 @@ class _Inference:
         for member in members:
             try:
                 manifest.verify(member.folder)
-                assert len(member.oof), "a member has OOF predictions"
+                if member.oof.empty:
+                    raise BundleError(f"{member.folder}: no OOF predictions, so the blend cannot weigh this member: train every fold and pack it again")
                 good.append(member)
             except (KitError, OSError) as error:
                 refused = refused or error
