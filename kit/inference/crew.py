@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 AUTO = "auto"  # the device of a worker that is to find out
 _ANSWER_S = 2.0  # a keeper answers within milliseconds, unless it hangs
 _LEAVE_S = 1.0  # what a process that has closed its pipe takes to end by itself, with the exit status that says why
-_REPORT_S = 300.0  # torch from a disk that is read for the first time takes minutes; a keeper that hangs must not keep the run waiting for ever
+_START_S = 300.0  # torch from a disk that is read for the first time takes minutes
 _DEATH_S = 10.0  # a killed process is gone within milliseconds, unless a driver holds it
 _TAIL = 2000  # bytes of a log in which the reason of an end is looked for
 _NO_MEMORY = ("MemoryError", "OutOfMemory", "bad_alloc", "t allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED")
@@ -115,26 +115,27 @@ class Processes:
     A failed order ends its process too: the next one starts clean.
     """
 
-    def __init__(self, run: Path, devices: Sequence[str] | None) -> None:
+    def __init__(self, run: Path, devices: Sequence[str] | None, start_s: float) -> None:
         run.mkdir(parents=True, exist_ok=True)
         self._run = run
         self._known = devices is not None
+        self._start_s = start_s
         self._inbox: _Inbox = queue.SimpleQueue()
         self._slots = [_Slot(run, number, device, self._inbox) for number, device in enumerate(devices or [AUTO])]
 
     @classmethod
-    def open(cls, run: Path, *, devices: Sequence[str] | None = None) -> Processes:
+    def open(cls, run: Path, *, devices: Sequence[str] | None = None, start_s: float = _START_S) -> Processes:
         """A crew for a run folder, one slot per device; by default one per GPU that the first process reports, or one on the CPU.
 
-        Returns at once; `slots` waits for that report. The folder's setup.json is read when the first order is worked on. To be closed.
+        Returns at once; `slots` waits for that report, `start_s` seconds at most. The folder's setup.json is read when the first order is worked on. To be closed.
         """
-        return cls(Path(run), devices)
+        return cls(Path(run), devices, start_s)
 
     @property
     def slots(self) -> tuple[str, ...]:
         """The device of each slot."""
         if not self._known:
-            found = self._slots[0].find_devices()
+            found = self._slots[0].find_devices(self._start_s)
             self._slots += [_Slot(self._run, number, device, self._inbox) for number, device in enumerate(found[1:], start=1)]
             self._known = True
         return tuple(slot.device for slot in self._slots)
@@ -187,11 +188,13 @@ class _Slot:
         with contextlib.suppress(OSError):  # the first order tries again, and says why not
             self._keeper = _Keeper(run, device, self._log)
 
-    def find_devices(self) -> list[str]:
-        """The devices that the keeper sees, of which this slot takes the first."""
-        found = (self._keeper.report(_REPORT_S) if self._keeper else None) or ["cpu"]
-        self.device = found[0]
-        return found
+    def find_devices(self, seconds: float) -> list[str]:
+        """The devices that the keeper sees, of which this slot takes the first; the CPU, if it does not say within these seconds."""
+        found = self._keeper.report(seconds) if self._keeper else None
+        if self._keeper and not found:
+            self._keeper.kill()  # the first order starts another one
+        self.device = (found or ["cpu"])[0]
+        return found or ["cpu"]
 
     def send(self, order: Order | Fetch) -> None:
         """Hand an order to the process of its member, started where there is none."""

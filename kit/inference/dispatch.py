@@ -21,7 +21,7 @@ _FEWER_TOKENS = 4  # a batch's tokens are divided by this when memory ran out
 _FETCH_ROWS = 256  # rows of the first request for contexts
 _FETCH_S = 10.0  # seconds that a later one should take, …
 _MOST_FETCH_ROWS = 2048  # … of so many rows at most
-_OPENING = 5  # times the patience with the first request, which opens the index
+OPENING = 5  # times the patience with what comes first: imports, opening an index
 _FETCH_SHARE = 0.5  # of the time left: contexts that would take more are not waited for, those that are there are used
 
 
@@ -138,7 +138,7 @@ class Dispatch:
 
     def _patience(self, span: Span) -> float:
         opens = span.key and not self.planner.fetch[span.key].measurements
-        return max(self.patience_s * (_OPENING if opens else 1), _SLACK * span.forecast.high)
+        return max(self.patience_s * (OPENING if opens else 1), _SLACK * span.forecast.high)
 
     # --- giving out work ---------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from kit.data.tables import read_table
 from kit.errors import BundleError, DataError, KitError
 from kit.inference import cost
 from kit.inference.crew import Crew, Processes
-from kit.inference.dispatch import PATIENCE_S, Dispatch, Settings
+from kit.inference.dispatch import OPENING, PATIENCE_S, Dispatch, Settings
 from kit.inference.member import Member, Weighed, weigh
 from kit.inference.planner import Pass, Planner, Player
 from kit.inference.scores import Scores
@@ -79,7 +79,7 @@ def infer(
     use_contexts: bool = True,
     method: str = "auto",
     patience_s: float = PATIENCE_S,
-    open_crew: Callable[[Path], Crew] = Processes.open,
+    open_crew: Callable[[Path], Crew] | None = None,
 ) -> Outcome:
     """Score a test set with the member bundles named (folders, or names mounted below `root`) and write the submission.
 
@@ -89,7 +89,7 @@ def infer(
     BundleError if no member can be used, both after the fallback submission is written where that is possible.
 
     use_contexts = False scores without retrieval, to see what it is worth. method: of the blend, as in kit.inference.blend. patience_s: a scoring
-    process that gives no sign of life for so long hangs. open_crew: who scores, opened on the run folder.
+    process that gives no sign of life for so long hangs. open_crew: who scores, opened on the run folder (None: processes).
     """
     root = root or runtime.input_root()
     if test is None:
@@ -125,7 +125,7 @@ class _Options:
     use_contexts: bool
     method: str
     patience_s: float
-    open_crew: Callable[[Path], Crew]
+    open_crew: Callable[[Path], Crew] | None
 
 
 @dataclass
@@ -236,9 +236,14 @@ class _Inference:
         """The crew, which begins to import what scoring needs."""
         try:
             self._make_folder(members)
-            return self.options.open_crew(self.folder)
+            return self._open_crew()
         except OSError as error:
             return self._move_out(error)
+
+    def _open_crew(self) -> Crew:
+        if self.options.open_crew:
+            return self.options.open_crew(self.folder)
+        return Processes.open(self.folder, start_s=max(0.0, min(OPENING * self.options.patience_s, self.budget.remaining())))
 
     def _make_folder(self, members: Sequence[Member]) -> None:
         """The run folder, empty unless it is that of the same test set, members and kit."""
@@ -253,7 +258,7 @@ class _Inference:
         """A crew in a run folder elsewhere, where this one cannot be written: a later start will not find it."""
         self.folder = Path(tempfile.mkdtemp(prefix="kit-run-"))
         self.decided(f"the run folder is {self.folder}, since the one beside the submission cannot be written: {error}")
-        return self.options.open_crew(self.folder)
+        return self._open_crew()
 
     def _old_setup(self) -> dict[str, Any]:
         try:

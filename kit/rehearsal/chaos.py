@@ -37,6 +37,7 @@ PROMISED_S = 5.0  # after its first start there is a valid file
 GRACE_S = 2.0  # that a run may end late, and that what it started may live longer
 _KILLED_RUN_S = 1800.0  # budget of a run that is to be killed: time enough, so that time decides nothing
 _STUCK_S = 300.0  # after which a run that should end by itself is given up
+_LATE_S = 60.0  # the same, after the time that it had
 _LEAST_S = 0.2
 _SHOWN = 400  # characters of what a run said
 OPTIONS = """
@@ -393,13 +394,13 @@ def _try(bench: Bench, name: str, fault: Fault) -> dict[str, Any]:
     with own_disk(place, fault.disk_mb):
         with Run.start(fault.command(members, bench.competition / TEST, bench.sample, place / SUBMISSION), place, folder / "run.log") as run:
             fault.during(run)
-            code = _finish(run, max(0.0, limit_s + _STUCK_S - run.seconds))
+            code = _finish(run, max(0.0, limit_s + _LATE_S - run.seconds))
         seconds, objection = run.seconds, bench.objection(run.submission)
         metric = None if objection else bench.score(run.submission)
         orphans = _bury(run, ())
         entry = {
             "what": fault.what,
-            "happened": "; ".join(part for part in (_happened(run, code, folder / "run.log"), objection, orphans) if part),
+            "happened": "; ".join(part for part in (_happened(run, code), objection, orphans) if part),
             "valid": not objection,
             "in_time": code is not None and seconds <= limit_s + GRACE_S and not orphans,
             "seconds": round(seconds, 1),
@@ -411,22 +412,21 @@ def _try(bench: Bench, name: str, fault: Fault) -> dict[str, Any]:
     return entry
 
 
-def _happened(run: Run, code: int | None, log: Path) -> str:
+def _happened(run: Run, code: int | None) -> str:
     """What the run said of its end: why members failed and what it did about it, else the last line of its log."""
     if code is None:
-        return "it did not end and was killed"
+        return "it did not end, and was killed"
     outcome, rows = run.outcome, run.outcome.get("rows", 0)
     less = [f"{member} scored {count} of {rows} rows" for member, count in outcome.get("scored", {}).items() if count < rows]
     said = [f"{member}: {why}" for member, why in outcome.get("failures", {}).items()] or less
     said += [text for text in _decisions(run) if not any(text in line or line in text for line in said)]
     if not outcome:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.startswith(("error: ", "warning: "))][-1:] or lines[-1:]
+        said = [line for line in run.lines() if line.startswith(("error: ", "warning: "))][-1:] or run.lines()[-1:]
     return f"exit code {code}: {'; '.join(said) or 'every member scored every row'}"[:_SHOWN]
 
 
 def _decisions(run: Run) -> Iterator[str]:
     """What the run noted beside its plans: that something failed, and the way out."""
-    path = run.folder / RUN / "timeline.json"
+    path = Path(run.outcome.get("run", run.folder / RUN)) / "timeline.json"
     decisions = json.loads(path.read_text(encoding="utf-8"))["decisions"] if path.is_file() else []
     yield from (line["text"] for line in decisions if not re.search(r" per s\b|^worth having", line["text"]))

@@ -34,9 +34,10 @@ T = TypeVar("T")
 
 @dataclass
 class Run:
-    """A started command. folder: its submission is in it, and its run folder. begun: on the monotonic clock, just before it was started."""
+    """A started command. folder: its submission is in it, and its run folder. log: all that it says. begun: on the monotonic clock, just before."""
 
     folder: Path
+    log: Path
     process: psutil.Popen
     begun: float
 
@@ -47,7 +48,7 @@ class Run:
         with open(log, "ab") as said:
             begun = time.monotonic()
             process = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
-        return cls(folder, process, begun)
+        return cls(folder, log, process, begun)
 
     def __enter__(self) -> Run:
         return self
@@ -73,10 +74,14 @@ class Run:
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """What it told of itself at its end; empty if it did not."""
-        path = self.folder / RUN / "outcome.json"
-        outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        """What it told of itself at its end, as JSON; empty if it did not."""
+        told = [line for line in self.lines() if line.startswith("{")]
+        outcome: dict[str, Any] = json.loads(told[-1]) if told else {}
         return outcome
+
+    def lines(self) -> list[str]:
+        """The lines of its log."""
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def family(self) -> list[psutil.Process]:
         """The processes that it started, theirs included."""
@@ -221,6 +226,13 @@ def stop(run: Run) -> None:
             process.suspend()
 
 
+def stop_early(run: Run) -> None:
+    """SIGSTOP the first process that the run starts, before it has imported what it needs, for good."""
+    for process in run.until(run.family) or ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+
+
 def slow_down(run: Run) -> None:
     """Stop the scoring processes nine tenths of the time."""
     _throttle(run.family, 0.9, until=lambda: run.is_over)
@@ -296,8 +308,10 @@ begun = time.monotonic()
 def clock():
     t = time.monotonic() - begun
     return {clock}
-infer([Path(bundle) for bundle in bundles], test=Path(test), sample=sample and Path(sample), out=Path(out), root=Path(bundles[0]).parent,
-      budget=Budget(seconds, used_s=0.0, clock=clock))
+done = infer([Path(bundle) for bundle in bundles], test=Path(test), sample=sample and Path(sample), out=Path(out), root=Path(bundles[0]).parent,
+             budget=Budget(seconds, used_s=0.0, clock=clock))
+print(json.dumps(done.summary(), default=str))
+sys.exit(not done.finished)
 """
 """Inference by a clock that is a function of the seconds `t` since it began."""
 
@@ -327,7 +341,8 @@ class Fault(NamedTuple):
 
 def infer_command(bundles: Sequence[Path], test: Path, sample: Path | None, out: Path, *, seconds: float, reserve_s: float | None = None) -> list[str]:
     """`kit infer` of these member bundles with this much time."""
-    command = [runtime.python(), "-m", "kit", "infer", *map(str, bundles), "--test", str(test), "--out", str(out), "--hours", str(seconds / 3600)]
+    command = [runtime.python(), "-m", "kit", "infer", *map(str, bundles), "--test", str(test), "--out", str(out), "--json"]
+    command += ["--hours", str(seconds / 3600)]
     command += ["--sample-submission", str(sample)] if sample else []
     return command + (["--reserve", str(reserve_s)] if reserve_s is not None else [])
 
@@ -336,6 +351,7 @@ FAULTS: dict[str, Fault] = {
     "out-of-memory": Fault("three scoring processes in turn get 16 MB more address space than they have, and no more (RLIMIT_AS)", during=starve),
     "killed-twice": Fault("SIGKILL to a scoring process, and to the next one", during=kill_twice),
     "hang": Fault("SIGSTOP to a scoring process, and never SIGCONT", during=stop),
+    "hang-at-start": Fault("SIGSTOP to the first process that the run starts, and never SIGCONT; it has 40 s", during=stop_early, seconds=40, reserve_s=3),
     "nan": Fault("every weight of a member is NaN, in a bundle that verifies", poison),
     "exception": Fault("config.json and tokenizer.json of a member are cut off, in a bundle that verifies", garble),
     "slow-device": Fault("the processes that the run starts are stopped 90 % of the time; it has 40 s", during=slow_down, seconds=40, reserve_s=3),

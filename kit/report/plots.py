@@ -19,6 +19,7 @@ _GREY = "0.45"
 _LATE = "#c00000"
 _RED = 3  # of matplotlib's ten colours: left to the deadline
 _CHARACTER = 5.2  # pixels of one character of a label
+_WIDE = 25  # top ÷ bottom of the forecast panel from which on only powers of ten are marked
 _NAMED = 20  # members in the legend
 _SHOWN_SKIPPED = 8
 _LINE = 190  # characters of a line below the picture
@@ -179,11 +180,12 @@ def _draw_forecasts(axes: Axes, spans: Sequence[Mapping[str, Any]], colours: Map
     axes.scatter(middle, actual, c=tint or None, s=12 if len(done) < 200 else 4, zorder=3)
     axes.axhline(1, color=_GREY, lw=0.8)
     axes.set_yscale("log")
-    ticks = [0.2, 0.33, 0.5, 1, 2, 3, 5]
+    bottom, top = 0.8 * min([0.5, *actual, *(value for value in low if value > 0)]), 1.25 * max([2, *actual, *high])
+    ticks = [0.2, 0.33, 0.5, 1, 2, 3, 5] if top < _WIDE * bottom else [10.0**power for power in range(-6, 7)]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
+    axes.set_ylim(bottom, top)
     axes.set_ylabel("actual ÷\nforecast", fontsize=8)
-    axes.set_ylim(0.8 * min([0.5, *actual, *(value for value in low if value > 0)]), 1.25 * max([2, *actual, *high]))
 
 
 def _draw_metric(axes: Axes, points: Sequence[Mapping[str, Any]], ended: float) -> None:
