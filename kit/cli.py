@@ -337,6 +337,19 @@ def push(
     _show(report.summary(), as_json)
 
 
+@app.command(epilog="Example: kit chaos --kills 30 --fault nan --fault hang")
+def chaos(
+    kills: Annotated[int, typer.Option(help="How many times a run is killed, at random moments.")] = 300,
+    seed: Annotated[int, typer.Option(help="Which moments.")] = 0,
+    fault: Annotated[list[str] | None, typer.Option(help="A fault to try. Repeatable. [default: all]")] = None,
+    artifacts: Artifacts = Path("artifacts"), as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Kill and injure real runs on the sample competition, and see whether there is a valid submission, in time, and nothing is lost."""
+    from kit.rehearsal.chaos import chaos as injure
+
+    _show(injure(artifacts, kills=kills, seed=seed, faults=fault), as_json)
+
+
 @app.command(epilog="Example: kit doctor --input /kaggle/input")
 def doctor(
     root: Annotated[Path | None, typer.Option("--input", help="Where the bundles and the competition are mounted.")] = None,
