@@ -22,7 +22,6 @@ _FETCH_ROWS = 256  # rows of the first request for contexts
 _FETCH_S = 10.0  # seconds that a later one should take, …
 _MOST_FETCH_ROWS = 2048  # … of so many rows at most
 OPENING = 5  # times the patience with what comes first: imports, opening an index
-_FETCH_SHARE = 0.5  # of the time left: contexts that would take more are not waited for, those that are there are used
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Dispatch:
         self._settings = dict(self.settings)
         self._busy: dict[int, Span] = {}
         self._loaded: dict[int, Pass | None] = dict.fromkeys(range(len(self.crew.slots)))
-        self._to_fetch: dict[int, np.ndarray] = {}
+        self._to_fetch: dict[int, tuple[Pass, np.ndarray]] = {}
         self._steps: dict[str, int] = {}
         self._serial = 0
 
@@ -148,8 +147,8 @@ class Dispatch:
             return
         self.listener.decided(choice.why)
         if len(choice.prepare):
-            self._to_fetch[slot] = choice.prepare
-            self._fetch(slot, self.planner.player(choice.work.member).key or "")
+            self._to_fetch[slot] = choice.work, choice.prepare
+            self._fetch(slot)
         else:
             self._score(slot, choice)
 
@@ -159,11 +158,13 @@ class Dispatch:
         self._begin(Span(slot, *work, choice.rows, choice.gain / self.planner.rows, choice.forecast, self.budget.elapsed(), self.budget.elapsed()))
         self.crew.send(slot, Order(self._serial, *work, tuple(choice.rows.tolist()), settings.batch_tokens, settings.precision))
 
-    def _fetch(self, slot: int, key: str) -> None:
+    def _fetch(self, slot: int) -> None:
         """Ask for the next contexts of those this slot is to fetch."""
-        cost, rest = self.planner.fetch[key], self._to_fetch[slot]
+        work, rest = self._to_fetch[slot]
+        key = self.planner.player(work.member).key or ""
+        cost = self.planner.fetch[key]
         count = min(max(1, int(_FETCH_S / cost.forecast().mid)), _MOST_FETCH_ROWS) if cost.measurements else _FETCH_ROWS
-        rows, self._to_fetch[slot] = rest[:count], rest[count:]
+        rows, self._to_fetch[slot] = rest[:count], (work, rest[count:])
         self.planner.fetching(key)
         now = self.budget.elapsed()
         self._begin(Span(slot, "contexts", "", "", rows, 0.0, cost.forecast(len(rows)), now, now, key))
@@ -220,9 +221,16 @@ class Dispatch:
         self.planner.fetched(span.key, rows)
         if event.hints is not None and event.chars is not None:
             self.listener.fetched(span.key, rows, event.hints, event.chars)
-        rest = self._to_fetch[span.slot]
-        if len(rest) and cost.forecast(len(rest)).mid <= _FETCH_SHARE * self.budget.remaining():
-            self._fetch(span.slot, span.key)
+        work, rest = self._to_fetch[span.slot]
+        self._to_fetch[span.slot] = work, rest[: self._scorable(work)]
+        if len(self._to_fetch[span.slot][1]):
+            self._fetch(span.slot)
+
+    def _scorable(self, work: Pass) -> int:
+        """How many rows can be fetched and scored in the time left: contexts of more would be for nothing."""
+        player = self.planner.player(work.member)
+        row = self.planner.fetch[player.key or ""].forecast().mid + player.token.forecast(float(player.sizes[work.view].mean())).mid
+        return max(0, int((self.budget.remaining() - player.load.forecast().mid) / max(row, 1e-9)))
 
     def _fail(self, span: Span, why: str, memory: bool) -> None:
         """Give the rows back and the memory, and try the member in a smaller way, or not again."""

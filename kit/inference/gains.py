@@ -79,10 +79,17 @@ class Gains:
 
     def _of(self, pattern: Pattern) -> tuple[np.ndarray, np.ndarray]:
         if pattern not in self._known:
-            some = self._blend.oof(pattern or frozenset(self._blend.names[:1]))
-            prediction = some if pattern else np.full_like(some, 1 / some.shape[1])
-            self._known[pattern] = self._merit(prediction, self._targets), self._doubt(prediction)
+            prediction = self._blend.oof(pattern or frozenset(self._blend.names[:1]))
+            if pattern:
+                self._known[pattern] = self._merit(prediction, self._targets), self._doubt(prediction)
+            else:
+                self._known[pattern] = self._merit_of_nothing(prediction.shape), self._doubt(np.full_like(prediction, np.nan))
         return self._known[pattern]
+
+    def _merit_of_nothing(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Merit (n,) of an order by chance: mean over all rotations of the columns, since in training tables some may be right more often."""
+        falling = np.tile(np.arange(shape[1], 0, -1, dtype=np.float32), (shape[0], 1))
+        return np.mean([self._merit(np.roll(falling, turn, 1), self._targets) for turn in range(shape[1])], 0)
 
 
 def _learn(doubt: np.ndarray, gain: np.ndarray) -> Curve:

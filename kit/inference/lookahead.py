@@ -17,6 +17,7 @@ from kit.inference.gains import NOTHING, Gains, Pattern
 _ROWS = 300  # OOF rows that are played with
 _TURNS = 10  # parts in which a source scores the rows
 _LEAST_GAIN = 1e-9  # of what the final blend uses
+_ROOM = 1.1  # times the seconds that the final blend's sources may cost before others are thought of: forecasts are not exact
 _BETTER = 1e-4  # in the metric: less does not decide
 _INSURANCE = 0.05  # share of the time
 
@@ -55,7 +56,7 @@ def worth_having(
     play = cache(lambda allowed: _Play(gains, {name: steps[name] for name in sorted(allowed)}, core, effective).merit(seconds))
     everything, useful = frozenset(steps), frozenset(steps) & core
     best = useful or everything
-    if together(steps[name] for name in best) > seconds:
+    if together(steps[name] for name in best) > _ROOM * seconds:
         best = max((best, everything), key=play)
         improved = True
         while improved:

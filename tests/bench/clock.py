@@ -90,7 +90,7 @@ def science() -> Competition | None:
     if not corpus.is_file():
         print(f"{corpus} is missing, so the real questions are left out: set KIT_DATA to the folder with mcq/ and corpus/")
         return None
-    quality._competition(quality.ROOT)
+    quality.write_competition(quality.ROOT)
     wide = ("task.max_length=320", "retrieve.context.sentences=8", "retrieve.context.max_chars=1500")
     recipes = (
         ("llm_science_rules", ()),

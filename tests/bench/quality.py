@@ -42,7 +42,7 @@ def main(overrides: list[str]) -> None:
     if not (DATA / CORPUS).is_file():
         sys.exit(f"{DATA / CORPUS} is missing: set KIT_DATA to the folder with mcq/ and corpus/")
     runtime.go_offline()
-    questions, targets = _competition(ROOT)
+    questions, targets = write_competition(ROOT)
     recipes = [Recipe.load(name, [f'data.folder="{ROOT}"', f'retrieve.corpus="{(DATA / CORPUS).resolve()}"']) for name in RECIPES]
     recipes[0] = recipes[0].with_overrides(overrides)
     runs = [train(recipe, artifacts=ROOT) for recipe in recipes]
@@ -73,7 +73,7 @@ def main(overrides: list[str]) -> None:
     print(json.dumps({name: results[name] for name in ("oof", "weights")}))
 
 
-def _competition(folder: Path) -> tuple[list[Question], np.ndarray]:
+def write_competition(folder: Path) -> tuple[list[Question], np.ndarray]:
     """A competition folder in the exam's layout: train.csv from the public sets, test.csv without answers. Gives the test questions and answers."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = ["id", "prompt", *"ABCDE", "answer"]

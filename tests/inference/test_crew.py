@@ -348,6 +348,19 @@ def test_a_long_order_can_be_given_to_a_worker_that_hangs(crew: Processes, run: 
     assert not workers(run)
 
 
+def test_a_keeper_that_hangs_while_it_starts_is_not_waited_for(tmp_path: Path) -> None:
+    run = prepare(tmp_path / "submission.run")
+    with contextlib.closing(Processes.open(run, start_s=0.5)) as crew:
+        while not (hung := keepers(run)):
+            time.sleep(0.01)
+        os.kill(hung[0], signal.SIGSTOP)
+        began = time.monotonic()
+        assert crew.slots == ("cpu",)
+        assert time.monotonic() - began < 5
+        assert gone(hung, run, 1)
+        assert answer(crew, 0, order()).kind == "scored", "the first order starts another one"
+
+
 def test_a_hung_keeper_is_replaced(crew: Processes, run: Path) -> None:
     begin(crew)
     [worker] = workers(run)
