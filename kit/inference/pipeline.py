@@ -164,7 +164,7 @@ class _Inference:
             settings = {member.name: Settings(member.recipe.infer.batch_tokens, member.recipe.infer.precision) for member in self.members}
             self.dispatch = Dispatch(self.planner, crew, self.budget, settings, self, self.options.patience_s)
             with self._bar() as self.bar:
-                self.dispatch.run()
+                self._dispatch()
         finally:
             crew.close()
         self._rewrite(last=True)
@@ -310,6 +310,15 @@ class _Inference:
                 kept += len(rows)
         if kept:
             self.decided(f"{kept} rows x fits are kept from an earlier start of this run")
+
+    def _dispatch(self) -> None:
+        """Score until it is done or time is up. An error here, too, must not cost what is there: a notebook that raises loses its submission."""
+        try:
+            self.dispatch.run()
+        except Exception as error:
+            log.exception("the run has failed")
+            self.failures["run"] = " ".join(f"{type(error).__name__}: {error}".split())
+            self.decided(f"the run has failed: {self.failures['run']}")
 
     # --- while it is scored (the dispatch's listener) ----------------------------------------------------------------------------
 

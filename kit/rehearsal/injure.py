@@ -113,7 +113,11 @@ class Run:
     def next_scorer(self, but: set[int] | None = None) -> psutil.Process | None:
         """A process that scores once some rows are scored, other than those with the ids `but`; None where the run ends without one."""
         self.until(self.has_scored)
-        return self.until(lambda: next((process for process in self.scorers() if process.pid not in (but or ())), None))
+        return self.new_scorer(but or set())
+
+    def new_scorer(self, but: set[int]) -> psutil.Process | None:
+        """The same, whether or not something is scored."""
+        return self.until(lambda: next((process for process in self.scorers() if process.pid not in but), None))
 
     def end(self) -> None:
         """Kill the run and everything that it started."""
@@ -212,9 +216,9 @@ def starve(run: Run) -> None:
 
 
 def kill_twice(run: Run) -> None:
-    """SIGKILL a scoring process, and the next one."""
+    """SIGKILL the first scoring process, and the one that takes its place."""
     met: set[int] = set()
-    while len(met) < 2 and (process := run.next_scorer(met)):
+    while len(met) < 2 and (process := run.new_scorer(met)):
         met.add(process.pid)
         kill([process])
 
@@ -234,7 +238,8 @@ def stop_early(run: Run) -> None:
 
 
 def slow_down(run: Run) -> None:
-    """Stop the scoring processes nine tenths of the time."""
+    """Stop the scoring processes nine tenths of the time, once some rows are scored."""
+    run.until(run.has_scored)
     _throttle(run.family, 0.9, until=lambda: run.is_over)
 
 
@@ -349,12 +354,12 @@ def infer_command(bundles: Sequence[Path], test: Path, sample: Path | None, out:
 
 FAULTS: dict[str, Fault] = {
     "out-of-memory": Fault("three scoring processes in turn get 16 MB more address space than they have, and no more (RLIMIT_AS)", during=starve),
-    "killed-twice": Fault("SIGKILL to a scoring process, and to the next one", during=kill_twice),
+    "killed-twice": Fault("SIGKILL to the first scoring process, and to the one that takes its place", during=kill_twice),
     "hang": Fault("SIGSTOP to a scoring process, and never SIGCONT", during=stop),
     "hang-at-start": Fault("SIGSTOP to the first process that the run starts, and never SIGCONT; it has 40 s", during=stop_early, seconds=40, reserve_s=3),
     "nan": Fault("every weight of a member is NaN, in a bundle that verifies", poison),
     "exception": Fault("config.json and tokenizer.json of a member are cut off, in a bundle that verifies", garble),
-    "slow-device": Fault("the processes that the run starts are stopped 90 % of the time; it has 40 s", during=slow_down, seconds=40, reserve_s=3),
+    "slow-device": Fault("scoring processes are stopped 90 % of the time once some rows are scored; it has 40 s", during=slow_down, seconds=40, reserve_s=3),
     "slow-disk": Fault(
         "the whole run is stopped 80 % of the time until the first rows are scored, as where reading takes five times as long; it has 60 s",
         during=slow_down_loading, seconds=60, reserve_s=3,

@@ -96,7 +96,7 @@ def science() -> Competition | None:
         ("llm_science_rules", ()),
         ("llm_science_minilm", ('name="llm_science_minilm_64"', "task.max_length=64", "train.epochs=1")),
         ("llm_science_minilm", ()),
-        ("llm_science_minilm", ('name="llm_science_minilm_320"', *wide, "train.freeze_embeddings=true", "train.freeze_layers=3")),
+        ("llm_science_minilm", ('name="llm_science_minilm_320"', *wide, "train.freeze_embeddings=true", "train.freeze_layers=6", "train.epochs=1")),
     )
     answers = read_table(quality.DATA / "mcq" / "official_train_150.csv").frame[["id", "answer"]]
     answers.to_csv(quality.ROOT / "test_answers.csv", index=False)
