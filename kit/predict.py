@@ -12,10 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kit.runtime import Runtime, free_memory
+from kit.runtime import Runtime, free_memory, tells_of_memory
 from kit.tasks import Feature, Task, Tokens
-
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def predict(
@@ -78,4 +76,4 @@ def _batches(features: Sequence[Feature], batch_tokens: int) -> list[list[int]]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or tells_of_memory(str(error))

@@ -24,6 +24,10 @@ COMPETITION_INPUT = Path("/kaggle/input")
 RERUN_MARKER = "KAGGLE_IS_COMPETITION_RERUN"
 RUN_TYPE = "KAGGLE_KERNEL_RUN_TYPE"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_NO_MEMORY = (
+    "MemoryError", "OutOfMemory", "bad_alloc", "t allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED",
+    "could not create a primitive", "Resource temporarily unavailable",
+)  # fmt: skip  # the last two: oneDNN, and a new thread
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -90,6 +94,11 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def tells_of_memory(text: str) -> bool:
+    """Whether an error's name and text, or a process' last words, say that memory ran out."""
+    return any(sign in text for sign in _NO_MEMORY)
 
 
 def go_offline() -> None:

@@ -184,11 +184,12 @@ class Blend:
         nested = {method: self._nested(rows, method) for method in ("single", *methods)}
         shared = np.flatnonzero(_scored(rows.logs).all(0))
         merits = {method: self.merit(prediction[shared], rows.targets[shared]) for method, prediction in nested.items()}
-        blend, chosen = _decide(merits)
+        best = self.merit(_single(rows, self.merit).predict(rows.logs[:, shared], rows.hints[:, shared]), rows.targets[shared])
+        blend, chosen = _decide(merits, best)
         oof = np.empty_like(nested["single"], np.float32)
         for fold in range(_FOLDS):
             held, others = self._folds == fold, self._folds[shared] != fold
-            _, method = _decide({name: values[others] for name, values in merits.items()})
+            _, method = _decide({name: values[others] for name, values in merits.items()}, best[others])
             oof[held] = nested[method][held]
         return _Verdict(chosen, blend, _METHODS[chosen](rows, self.merit), oof, merits)
 
@@ -271,10 +272,12 @@ def _ranker(rows: _Rows, merit: Merit) -> _Pool:
     if ready.sum() < _FEW:
         return _Pool(weights)
     from sklearn.ensemble import HistGradientBoostingClassifier  # takes a second to import, and most blends need none
+    from threadpoolctl import threadpool_limits
 
     pairs = _features(rows.logs[:, ready], rows.hints[:, ready], weights)
     right = np.eye(rows.logs.shape[-1], dtype=bool)[rows.targets[ready]]
-    return _Ranker(weights, HistGradientBoostingClassifier(**_TREES).fit(pairs, right.ravel()))
+    with threadpool_limits(1, "openmp"):  # so small a job takes ten times as long when its threads wait for a core that works for others
+        return _Ranker(weights, HistGradientBoostingClassifier(**_TREES).fit(pairs, right.ravel()))
 
 
 _METHODS: dict[str, Callable[[_Rows, Merit], _Pool]] = {"single": _single, "pool": _pool, "hill": _hill, "ranker": _ranker}
@@ -328,13 +331,16 @@ def _best(rows: _Rows, merit: Merit) -> int:
     return int(np.argmax(means))
 
 
-def _decide(merits: Mapping[str, np.ndarray]) -> tuple[str, str]:
-    """The best method for several sources, and the method to use: that one, or "single" where it is not better by more than noise."""
+def _decide(merits: Mapping[str, np.ndarray], best: np.ndarray) -> tuple[str, str]:
+    """The best method for several sources, and the method to use: that one, or "single" where it is not better by more than noise.
+
+    Better than the best source as it is found anew in every fold, and than the one that is best on all rows: `best`, its merits.
+    """
     blend, *others = [method for method in merits if method != "single"] or ["single"]
     for other in others:
         if _beats(merits[other], merits[blend]):
             blend = other
-    return blend, blend if _beats(merits[blend], merits["single"]) else "single"
+    return blend, blend if _beats(merits[blend], merits["single"]) and _beats(merits[blend], best) else "single"
 
 
 def _beats(one: np.ndarray, other: np.ndarray) -> bool:

@@ -34,7 +34,7 @@ _LEAVE_S = 1.0  # what a process that has closed its pipe takes to end by itself
 _START_S = 300.0  # torch from a disk that is read for the first time takes minutes
 _DEATH_S = 10.0  # a killed process is gone within milliseconds, unless a driver holds it
 _TAIL = 2000  # bytes of a log in which the reason of an end is looked for
-_NO_MEMORY = ("MemoryError", "OutOfMemory", "bad_alloc", "t allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED")
+
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _Slot:
         except OSError as error:  # no process, pipe or file is to be had
             self.close()
             why = f"the scoring process cannot be started: {error}"
-            self._inbox.put((self._number, None, Event(self._number, order.serial, "failed", why=why, memory=tells_of_memory(why))))
+            self._inbox.put((self._number, None, Event(self._number, order.serial, "failed", why=why, memory=runtime.tells_of_memory(why))))
 
     def hear(self, pipe: Connection | None, word: Event | None) -> Event | None:
         """What a word means to the run: nothing, if its process was ended before, or ended without an order."""
@@ -347,13 +347,8 @@ def _explain(status: int, last_words: str) -> tuple[str, bool]:
         return "killed by signal 9 (out of memory?)", True
     line = last_words.splitlines()[-1].strip() if last_words else "its log is empty"
     if status < 0:
-        return f"killed by signal {-status} ({signal.strsignal(-status)}): {line}", tells_of_memory(last_words)
-    return f"ended with exit code {status}: {line}", tells_of_memory(last_words)
-
-
-def tells_of_memory(text: str) -> bool:
-    """Whether an error's name and text, or a process' last words, say that memory ran out."""
-    return any(sign in text for sign in _NO_MEMORY)
+        return f"killed by signal {-status} ({signal.strsignal(-status)}): {line}", runtime.tells_of_memory(last_words)
+    return f"ended with exit code {status}: {line}", runtime.tells_of_memory(last_words)
 
 
 def _size(path: Path) -> int:

@@ -398,7 +398,8 @@ class _Inference:
         """Member → why it was not, or not as it was meant to be, scored."""
         without = {name: f"scored without contexts: {why}" for key, why in self.dispatch.no_contexts.items() for name in self.keys if self.keys[name] == key}
         late = {name: f"no time left for {rows} of its rows x fits" for name, rows in self.planner.left().items()}
-        return {**late, **without, **self.failures, **self.planner.dropped}
+        lost = {name: f"{rows} of its rows x fits are left out: their scores are not finite" for name, rows in self.planner.lost().items()}
+        return {**late, **lost, **without, **self.failures, **self.planner.dropped}
 
     def _outcome(self) -> Outcome:
         names = [member.name for member in self.members]

@@ -228,6 +228,14 @@ class Planner:
                 rows[work.member] = rows.get(work.member, 0) + count
         return rows
 
+    def lost(self) -> dict[str, int]:
+        """Rows × fits whose scores did not come out finite, by member."""
+        rows: dict[str, int] = {}
+        for work, scores in self._scores.items():
+            if count := int((self._tried[work] & ~np.isfinite(scores).all(-1)).sum()):
+                rows[work.member] = rows.get(work.member, 0) + count
+        return rows
+
     def player(self, name: str) -> Player:
         """The player of that name."""
         return self._by_name[name]

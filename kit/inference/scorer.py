@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ import kit.models.encoder  # noqa: F401
 from kit import assemble, manifest, runtime
 from kit.config import Recipe, RetrievePart
 from kit.data.tables import read_table
-from kit.inference.crew import Event, Fetch, Order, tells_of_memory
+from kit.inference.crew import Event, Fetch, Order
 from kit.predict import stream
 from kit.tasks import Feature, Task, Tokens
 
@@ -59,7 +60,7 @@ def serve(run: Path, device: str, pipe: Connection, began: float) -> None:
             except Exception as error:  # whatever it is, the run is told
                 log.exception("order %s failed", order.serial)
                 why = " ".join(f"{type(error).__name__}: {error}".split())
-                event = Event(0, order.serial, "failed", why=why, memory=tells_of_memory(why))
+                event = Event(0, order.serial, "failed", why=why, memory=runtime.tells_of_memory(why))
             pipe.send(event)
 
 
@@ -171,16 +172,20 @@ class Fetcher:
 
 
 class Contexts:
-    """The contexts that were found in a run for one key: contexts/<key>/<first row>-<number>.json, each {row: context}."""
+    """The contexts that were found in a run for one key: contexts/<key>/<first row>-<number>.json, each {row: context}.
+
+    Those that the disk of the run folder has no room for are below the system's folder for temporary files.
+    """
 
     def __init__(self, run: Path, key: str) -> None:
-        self._folder = run / "contexts" / key
+        state = assemble.digest([str(run), _read_setup(run).get("state", "")])
+        self._folders = (run / "contexts" / key, Path(tempfile.gettempdir()) / f"kit-contexts-{state}" / key)
         self._seen: set[Path] = set()
         self._known: dict[int, str] = {}
 
     def read(self) -> dict[int, str]:
         """All that are there now, by row."""
-        for path in sorted(set(self._folder.glob("*.json")) - self._seen):
+        for path in sorted({path for folder in self._folders for path in folder.glob("*.json")} - self._seen):
             self._seen.add(path)
             try:
                 self._known |= {int(row): str(context) for row, context in json.loads(path.read_text(encoding="utf-8")).items()}
@@ -190,9 +195,14 @@ class Contexts:
 
     def write(self, found: dict[int, str]) -> None:
         """Add contexts. Raises OSError."""
-        path = self._folder / f"{next(iter(found))}-{len(found)}.json"
-        manifest.write_atomically(path, json.dumps({str(row): context for row, context in found.items()}, ensure_ascii=False))
-        self._seen.add(path)
+        first, last = (folder / f"{next(iter(found))}-{len(found)}.json" for folder in self._folders)
+        content = json.dumps({str(row): context for row, context in found.items()}, ensure_ascii=False)
+        try:
+            manifest.write_atomically(first, content)
+        except OSError as error:
+            log.warning("%s cannot be written (%s): %s instead", first, error, last)
+            manifest.write_atomically(last, content)
+        self._seen |= {first, last}
         self._known |= found
 
 

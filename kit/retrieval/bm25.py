@@ -26,6 +26,7 @@ from kit.retrieval.corpus import Corpus
 SETTINGS = "settings.json"
 _BLOCK = 4096  # passages tokenised at a time
 _QUERIES = 32  # queries a thread takes at a time
+_COMPILED = 20_000  # passages from which on a search that numba takes seconds to compile is faster in the end
 _MANY = 50_000  # passages from which on compiling the sort of the postings pays
 
 
@@ -61,8 +62,8 @@ class BM25:
         folder = Path(folder)
         settings = _settings(folder)
         try:
-            # backend: bm25s' own choice on loading is numpy, several times slower than numba
-            index = _bm25s().BM25.load(folder, mmap=True, backend="auto", show_progress=False)
+            backend = "auto" if settings["passages"] >= _COMPILED else "numpy"  # bm25s' own choice on loading is numpy
+            index = _bm25s().BM25.load(folder, mmap=True, backend=backend, show_progress=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{folder}: the bm25 index cannot be opened ({error}): build it again") from None
         if index.scores["num_docs"] != settings["passages"] or len(index.scores["data"]) != len(index.scores["indices"]):

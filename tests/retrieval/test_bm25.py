@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ import pytest
 from kit.errors import BundleError, ConfigError, DataError
 from kit.retrieval.bm25 import BM25, SETTINGS
 from kit.retrieval.corpus import Corpus
+from tests.retrieval.conftest import SCIENCE
 
 MakeCorpus = Callable[..., Corpus]
+MANY = [("", f"{'entropy' if number % 7 else 'cell'} number{number % 50} word{number}") for number in range(20_000)]
+QUERIES = ["entropy of word77 and number3", "?", "cell word700"]
 
 
 def reference(texts: list[str], query: str, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
@@ -52,21 +56,22 @@ def test_equal_scores_come_by_the_lower_id_also_at_the_edge(make_corpus: MakeCor
 
 
 def test_numpy_stands_in_for_numba_with_the_same_hits(make_corpus: MakeCorpus, tmp_path: Path) -> None:
-    BM25.build(make_corpus(), tmp_path / "bm25")
+    BM25.build(make_corpus(MANY), tmp_path / "bm25")
     program = (
         "import sys; sys.modules['numba'] = None\n"
         "from pathlib import Path; from kit.retrieval.bm25 import BM25\n"
-        f"r = BM25.load(Path({str(tmp_path / 'bm25')!r})); print(r._index.backend, r.search(['entropy of a cell', '?'], 3).ids.tolist())"
+        f"r = BM25.load(Path({str(tmp_path / 'bm25')!r})); print(r._index.backend, r.search({QUERIES}, 3).ids.tolist())"
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == f"numpy {BM25.load(tmp_path / 'bm25').search(['entropy of a cell', '?'], 3).ids.tolist()}"
+    assert said.strip() == f"numpy {BM25.load(tmp_path / 'bm25').search(QUERIES, 3).ids.tolist()}"
 
 
-def test_a_loaded_index_is_mapped_and_compiled(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("passages", "backend"), [(SCIENCE, "numpy"), (MANY, "numba")], ids=["few", "many"])
+def test_a_loaded_index_is_mapped_and_compiled_where_that_pays(make_corpus: MakeCorpus, tmp_path: Path, passages: Any, backend: str) -> None:
     pytest.importorskip("numba")
-    BM25.build(make_corpus(), tmp_path / "bm25")
+    BM25.build(make_corpus(passages), tmp_path / "bm25")
     index = BM25.load(tmp_path / "bm25")._index
-    assert index.backend == "numba"
+    assert index.backend == backend
     assert isinstance(index.scores["data"], np.memmap)
 
 
