@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from kit import assemble, manifest, runtime
 from kit.config import Recipe
 from kit.data.tables import read_table
 from kit.inference.crew import Event, Fetch, Order, Processes
+from kit.inference.scorer import Contexts
 from kit.predict import predict
 from tests import packed
 
@@ -476,3 +478,12 @@ def test_a_closed_crew_leaves_no_process_and_no_pipe(tmp_path: Path) -> None:
         crew.send(0, order())
         assert appear(run)
     assert not processes(run) and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_contexts_that_the_disk_has_no_room_for_are_kept_elsewhere_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    run = prepare(tmp_path / "submission.run")
+    (run / "contexts").write_text("no folder can be made here")
+    Contexts(run, "key").write({3: "albedo", 5: "entropy"})
+    assert Contexts(run, "key").read() == {3: "albedo", 5: "entropy"}
+    assert Contexts(run, "other").read() == {}

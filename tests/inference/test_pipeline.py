@@ -20,13 +20,14 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import kit
 from kit import manifest
 from kit.budget import Budget
 from kit.config import Recipe
 from kit.errors import BundleError, DataError
-from kit.inference.crew import Fetch, Order
+from kit.inference.crew import Event, Fetch, Order
 from kit.inference.member import Member, weigh
 from kit.inference.pipeline import Outcome, infer
 from kit.inference.submission import score
@@ -400,6 +401,33 @@ def test_a_member_that_the_blend_does_not_use_speaks_where_the_others_fail(own: 
     assert outcome.weights[own.members[weak].name] == 0
     assert outcome.scored == {own.members[weak].name: packed.TEST_ROWS, own.members[strong].name: 0}
     assert rows_of(tmp_path) == rows_of_alone(own, tmp_path, weak)
+
+
+def test_a_member_whose_scores_are_not_finite_is_left_out_and_named(own: Workshop, tmp_path: Path) -> None:
+    for path in own.members["plain"].glob("*/model.safetensors"):
+        save_file({name: np.full_like(values, np.nan) for name, values in load_file(path).items()}, path)
+    packed.seal(own.members["plain"])
+    outcome = run(own, tmp_path, "plain")
+    assert outcome.failures == {own.members["plain"].name: f"{2 * packed.TEST_ROWS} of its rows x fits are left out: their scores are not finite"}
+    assert not outcome.finished
+    assert is_fallback(tmp_path)
+
+
+class Broken(crews.Thread):
+    """A crew that fails in a way that nobody has thought of, once something is scored."""
+
+    def wait(self, seconds: float) -> list[Event]:
+        if len(self.sent) > 1:
+            raise RuntimeError("no such slot")
+        return super().wait(seconds)
+
+
+def test_an_error_in_the_loop_itself_does_not_cost_what_is_scored(shop: Workshop, tmp_path: Path) -> None:
+    outcome = run(shop, tmp_path, "plain", open_crew=Broken)
+    assert outcome.failures["run"] == "RuntimeError: no such slot"
+    assert not outcome.finished
+    assert outcome.scored[shop.members["plain"].name] == packed.TEST_ROWS
+    assert not is_fallback(tmp_path)
 
 
 def test_when_every_member_fails_the_fallback_stays(own: Workshop, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -104,6 +106,7 @@ def test_a_reader_never_sees_a_part_of_the_file(tmp_path: Path) -> None:
         done.set()
         reader.join()
     assert seen == {first, second}
+    submission.close()
     assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
 
 
@@ -193,3 +196,36 @@ def test_answers_that_are_no_option_are_refused_in_their_own_file(tmp_path: Path
     answers = write(tmp_path / "a.csv", [("1", "Q?")], ("id", "answer"))
     with pytest.raises(DataError, match=r"a.csv: row 1.*the answer must be one of"):
         score(write(tmp_path / "s.csv", [("1", "A")]), answers, TASK)
+
+
+def test_room_for_the_next_version_is_kept_until_the_end(tmp_path: Path) -> None:
+    submission = Submission.open(tmp_path / "s.csv", TASK, table("a", "b"), None)
+    submission.write()
+    written = (tmp_path / "s.csv").stat().st_size
+    [reserve] = [path for path in tmp_path.iterdir() if path.name != "s.csv"]
+    assert reserve.stat().st_size >= written
+    submission.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
+
+
+def test_what_a_killed_process_left_behind_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".s.csv.123.part").write_text("id,pred")
+    Submission.open(tmp_path / "s.csv", TASK, table("a"), None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount a file system")
+def test_a_new_version_is_written_where_others_have_filled_the_disk(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        submission = Submission.open(tmp_path / "s.csv", TASK, table("a", "b"), None)
+        submission.write()
+        with pytest.raises(OSError, match="No space left"), open(tmp_path / "filled", "wb", buffering=0) as file:
+            while file.write(bytes(1024)):
+                pass
+        for best, letters in ((4, "E A B"), (2, "C A B")):
+            submission.write(np.eye(5, dtype=np.float32)[[best, best]])
+            assert [row[1] for row in read_rows(tmp_path / "s.csv")[1:]] == [letters] * 2
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
