@@ -137,7 +137,8 @@ def test_no_rows_a_folder_in_use_and_a_missing_test_set_are_refused(competition:
 def test_inference_gives_a_valid_submission_for_a_hidden_test_set_of_any_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, datasets: str, competitions: str, marker: str | None
 ) -> None:
-    shop, root = packed.workshop(), tmp_path / "input"
+    shop, root = packed.copy(tmp_path), tmp_path / "input"
+    packed.complement([*shop.members.values()])  # so that the blend uses them all
     link_files(shop.bundles, root / datasets)
     hidden = look_alike(shop.competition, root / competitions / "science", rows=60)
     shutil.copyfile(hidden / "sample_submission.csv", tmp_path / "sample.csv")
