@@ -63,6 +63,7 @@ def error_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_the_verbs_are_those_of_the_flow() -> None:
     flow = {"sample", "index", "context", "train", "pack", "infer", "score", "vendor wheels", "vendor prove", "vendor weights", "vendor bundle", "rehearse", "push"}
+    flow |= {"plan", "simulate", "chaos"}
     assert flow | {"recipes", "dry-run", "doctor", "lint-submission", "profile capture", "profile show"} == set(VERBS)
 
 
