@@ -221,7 +221,7 @@ class Silent:
 
 _OPTIONS = 5
 _SHARED, _OWN, _VIEW, _FIT = 0.6, 0.7, 0.35, 0.35  # how much of the logits is noise of the row, of the member, its view, its fit
-_LEAST_S = 120.0  # of a budget
+_LEAST_S = 300.0  # of a budget: of shorter ones the reserve and a loading time leave next to nothing
 _FAILS = 0.1  # chance that a member fails
 _FETCH_FAILS = 0.03
 _BATCH_TOKENS = 4096
