@@ -354,7 +354,7 @@ def _make_law(name: str, rng: np.random.Generator) -> Law:
         skills["short"] = skill * rng.uniform(0.6, 0.95)
     if rng.random() < 0.25:
         skills["flipped"] = skill * rng.uniform(0.9, 1.0)
-    row_s = float(_log_uniform(rng, 0.01, 0.5)) * skill  # what is better tends to be dearer
+    row_s = float(_log_uniform(rng, 0.05, 2.0)) * skill  # what is better tends to be dearer
     fits = tuple(f"fold{fold}" for fold in range(rng.integers(1, 6)))
     return Law(name, skills, rng.uniform(0.5, 2.0), fits, row_s, rng.uniform(2, 25), rng.uniform(1, 8), _KEY if rng.random() < 0.4 else None)
 
