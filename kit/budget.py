@@ -84,10 +84,6 @@ class Interval(NamedTuple):
     mid: float
     high: float
 
-    def plus(self, other: Interval) -> Interval:
-        """The sum, its ends on the safe side."""
-        return Interval(self.low + other.low, self.mid + other.mid, self.high + other.high)
-
 
 class Cost:
     """Seconds per unit of some work: guessed at first, then measured, and followed when the machine becomes slower or faster.

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from kit.budget import NINE_HOURS_S, Budget, Cost, Interval, seconds_since_process_start
+from kit.budget import NINE_HOURS_S, Budget, Cost, seconds_since_process_start
 from kit.errors import BudgetError
 
 
@@ -107,7 +107,6 @@ def test_a_guessed_cost_is_right_within_its_spread() -> None:
     forecast = Cost(2.0, spread=3.0).forecast(10)
     assert forecast == pytest.approx((20 / 3, 20, 60))
     assert Cost(2.0).forecast(0) == (0, 0, 0)
-    assert Interval(1, 2, 3).plus(Interval(1, 1, 1)) == (2, 3, 4)
 
 
 def test_the_first_measurement_all_but_replaces_the_guess_and_the_interval_shrinks() -> None:

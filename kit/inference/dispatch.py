@@ -89,7 +89,7 @@ class Span:
 class Dispatch:
     """A run of a planner's choices by a crew, inside a budget. settings: by member. patience_s: without a sign of life, a worker hangs.
 
-    skipped: member → why it did not score everything. no_contexts: key → why there are none.
+    no_contexts: key → why there are none.
     """
 
     planner: Planner

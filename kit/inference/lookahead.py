@@ -57,8 +57,8 @@ def worth_having(
     everything, useful = frozenset(steps), frozenset(steps) & core
     best = useful or everything
     if together(steps[name] for name in best) > _ROOM * seconds:
-        best = max((best, everything), key=play)
-        improved = True
+        alone = [frozenset({name}) for name in sorted(steps)]  # from all of them one may have to leave out several before it gets better
+        best, improved = max((best, everything, *alone), key=play), True
         while improved:
             improved = False
             for name in sorted(steps):

@@ -83,7 +83,7 @@ class Weighed:
 
 
 def weigh(members: Sequence[Member], method: str = "auto") -> Weighed:
-    """Blend the members on the OOF rows that they share. Raises BundleError where they share none."""
+    """Blend the members on the OOF rows that they share. Raises BundleError where they share none, or do not mean the same rows by their ids."""
     shared = members[0].oof.index
     for member in members[1:]:
         shared = shared.intersection(member.oof.index, sort=False)
@@ -91,6 +91,8 @@ def weigh(members: Sequence[Member], method: str = "auto") -> Weighed:
         raise BundleError(f"the members {', '.join(member.name for member in members)} have no OOF row in common: train them on one table")
     shared = shared[np.sort(np.random.default_rng(0).permutation(len(shared))[:_OOF_ROWS])]
     task, first = members[0].task, members[0].oof.loc[shared]
+    for member in members[1:]:
+        _check_same(members[0].name, first, member.name, member.oof.loc[shared])
     sources = {Pass(member.name, "", view).source: _columns(member.oof.loc[shared], view) for member in members for view in member.views}
     targets = first.filter(regex=r"^t\d+$").to_numpy()
     targets = targets[:, 0] if targets.shape[1] == 1 else targets
@@ -104,6 +106,17 @@ def weigh(members: Sequence[Member], method: str = "auto") -> Weighed:
     name, metric = next(iter(task.metrics.items()))
     estimates = {who: bootstrap(metric, values, targets) for who, values in {**{m: sources[m] for m in whole}, "blend": honest}.items()}
     return Weighed(blend, targets, {who: {name: estimate.value, "se": estimate.se} for who, estimate in estimates.items()})
+
+
+def _check_same(one: str, first: pd.DataFrame, other: str, second: pd.DataFrame) -> None:
+    """Raise BundleError where two members' OOF rows of the same ids have other answers or another number of options: they were trained on two tables."""
+    columns = [list(frame.filter(regex=rf"{_PREDICTION}$|^t\d+$")) for frame in (first, second)]
+    if columns[0] != columns[1]:
+        raise BundleError(f"members {one} and {other} were trained on tables of different shape ({columns[0]} and {columns[1]}): train them on one table")
+    answers = first.filter(regex=r"^t\d+$")
+    if (differing := (answers != second[answers.columns]).any(axis=1)).any():
+        row = first.index[differing.to_numpy().argmax()]
+        raise BundleError(f"members {one} and {other} disagree on the answer of id {row!r} ({int(differing.sum())} such ids): train them on one table")
 
 
 def _columns(frame: pd.DataFrame, view: str) -> np.ndarray:

@@ -137,6 +137,7 @@ class _Inference:
     failures: dict[str, str] = field(default_factory=dict)
     decisions: list[dict[str, Any]] = field(default_factory=list)
     metric: list[dict[str, float]] = field(default_factory=list)
+    next_write: float = 0.0
 
     def run(self) -> Outcome:
         with self.budget.measure("fallback"):
@@ -287,10 +288,8 @@ class _Inference:
         self.hints = task.hints(self.examples)
         self.guess = np.full((rows, width), np.nan, np.float32)
         players = [self._player(member, slots[0]) for member in self.members]
-        regret, targets = task.regret, self.weighed.targets
-        planner = Planner(players, self.weighed.blend, targets, task.merit, task.doubt, regret, rows, width, on_decision=self.decided)
-        planner.hints = self.hints
-        return planner
+        known = self.weighed.blend, self.weighed.targets
+        return Planner(players, *known, task.merit, task.doubt, task.regret, rows, width, on_decision=self.decided, hints=self.hints)
 
     def _player(self, member: Member, device: str) -> Player:
         settings, key = member.recipe.retrieve, self.keys[member.name]
@@ -330,10 +329,9 @@ class _Inference:
 
     def fetched(self, key: str, rows: np.ndarray, hints: Mapping[str, np.ndarray], chars: np.ndarray) -> None:
         """What retrieval alone says of these rows, and how long they are with their contexts."""
-        for values, (name, new) in zip((self.hints[name] for name in hints), hints.items(), strict=True):
-            values[rows] = new
-            if name == next(iter(hints)):
-                self.guess[rows] = new
+        for name, values in hints.items():
+            self.hints[name][rows] = values
+        self.guess[rows] = next(iter(hints.values()), np.nan)
         for member in self.members:
             if self.keys[member.name] == key:
                 sizes, some = self.planner.player(member.name).sizes, [self.examples[row] for row in rows]
@@ -349,7 +347,7 @@ class _Inference:
 
     def _rewrite(self, last: bool = False) -> None:
         """The submission from all that there is, unless it was written a moment ago; where that fails, the one before stays."""
-        if not last and self.budget.elapsed() < self._next_write:
+        if not last and self.budget.elapsed() < self.next_write:
             return
         begun = time.monotonic()
         prediction = self.planner.prediction()
@@ -357,9 +355,7 @@ class _Inference:
         self._try_to(lambda: self.submission.write(np.where(np.isfinite(prediction), prediction, self.guess)))
         self._try_to(self._write_timeline)
         took = time.monotonic() - begun
-        self._next_write = self.budget.elapsed() + max(_WRITE_S, took / _WRITE_SHARE)
-
-    _next_write = 0.0
+        self.next_write = self.budget.elapsed() + max(_WRITE_S, took / _WRITE_SHARE)
 
     def _try_to(self, write: Callable[[], None]) -> None:
         """Write something; a disk that is full must not cost the run."""

@@ -157,7 +157,8 @@ def _believed(planned: Sequence[_Planned]) -> tuple[Blend, np.ndarray, dict[str,
 
 def _player(one: _Planned, rows: int, width: int, device: str) -> Player:
     sizes = {view: np.full(rows, float(length * width)) for view, length in one.lengths.items()}
-    return Player(one.name, one.fits, sizes, cost.load_cost(one.bytes), cost.token_cost(one.bytes, device), key=one.key)
+    more = frozenset(name for name, view in assemble.make_task(one.recipe).views().items() if view.more)
+    return Player(one.name, one.fits, sizes, cost.load_cost(one.bytes), cost.token_cost(one.bytes, device), more, one.key)
 
 
 def _actor(player: Player, predictions: dict[str, np.ndarray]) -> Actor:

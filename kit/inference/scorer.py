@@ -27,6 +27,7 @@ from kit import assemble, manifest, runtime
 from kit.config import Recipe, RetrievePart
 from kit.data.tables import read_table
 from kit.inference.crew import Event, Fetch, Order
+from kit.inference.planner import FULL
 from kit.predict import stream
 from kit.tasks import Feature, Task, Tokens
 
@@ -129,7 +130,7 @@ class Scorer:
         beat()
 
     def _view(self, name: str) -> Task:
-        return self._task if name == "full" else self._task.views()[name].task
+        return self._task if name == FULL else self._task.views()[name].task
 
     def _rows(self, rows: Sequence[int]) -> list[Any]:
         """The examples of these rows, with the contexts that were found for them so far."""

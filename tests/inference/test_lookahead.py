@@ -47,6 +47,19 @@ def test_a_source_that_cannot_be_loaded_in_time_stands_in_nobody_s_way() -> None
     assert "cheap" in worth_having(make_gains(), steps, CORE, effective, 5.0)
 
 
+def test_where_there_is_time_to_load_one_only_the_best_one_is_worth_having() -> None:
+    """Leaving out either of the others alone makes it worse."""
+    gains = make_gains((Law("a", {"full": 0.9}), Law("b", {"full": 1.6}), Law("c", {"full": 1.0})))
+    steps = {"a": Step(0.6, 0.3), "b": Step(0.6, 1.0), "c": Step(0.6, 0.3)}
+    assert worth_having(gains, steps, frozenset("abc"), lambda pattern: pattern, 1.6) == {"b"}
+
+
+def test_a_source_that_only_takes_the_others_time_is_left_out() -> None:
+    gains = make_gains((Law("a", {"full": 0.9}), Law("b", {"full": 1.6}), Law("c", {"full": 1.0})))
+    steps = {"a": Step(0.0, 0.3), "b": Step(0.0, 1.0), "c": Step(0.2, 0.2)}
+    assert worth_having(gains, steps, frozenset("abc"), lambda pattern: pattern, 0.9) == {"b", "c"}
+
+
 def test_no_time_and_no_sources_are_no_trouble() -> None:
     assert worth_having(make_gains(), STEPS, CORE, effective, 0.0) <= set(STEPS)
     assert worth_having(make_gains(), {}, frozenset(), effective, 10.0) == frozenset()
@@ -54,8 +67,9 @@ def test_no_time_and_no_sources_are_no_trouble() -> None:
 
 def test_contexts_that_are_shared_are_paid_once() -> None:
     assert together([Step(1, 2, "k", 3), Step(1, 2, "k", 3), Step(1, 2)]) == 12
-    steps = {"cheap": Step(0.0, 0.1, "k", 1.0), "dear": Step(0.0, 1.0, "k", 1.0)}
-    assert worth_having(make_gains(), steps, CORE, effective, 2.2) == CORE
+    steps = {"cheap": Step(0.0, 0.1, "k", 1.0), "dear": Step(0.0, 1.0, "k", 1.0), "dear@short": Step(0.0, 0.3, "k", 1.0)}
+    assert worth_having(make_gains(), steps, CORE, effective, 1.95) == CORE, "2.1 s are as good as in time, 3.1 s would not be"
+    assert "dear@short" in worth_having(make_gains(), steps, CORE, effective, 1.5)
 
 
 def test_the_cheapest_source_is_insurance_if_it_costs_next_to_nothing() -> None:

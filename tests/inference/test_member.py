@@ -234,3 +234,16 @@ def test_hints_of_the_oof_rows_are_given_to_the_blend(tmp_path: Path) -> None:
     unsure = {name: np.full((ROWS, 5), 0.2, np.float32) for name in "ab"}
     hints = {"overlap": answers, "length": np.full((ROWS, 5), 9, np.float32)}
     assert (weighed.blend.pool(unsure, hints).argmax(-1) == TARGETS).all()
+
+
+def test_members_whose_ids_mean_other_rows_are_refused_together(tmp_path: Path) -> None:
+    one, other = members(tmp_path, guesses(1), guesses(2))
+    packed.write_oof(other.folder, np.where(np.arange(ROWS) == 7, (TARGETS + 1) % 5, TARGETS), guesses(2))
+    with pytest.raises(BundleError, match=r"members a and b disagree on the answer of id '7' \(1 such ids\): train them on one table"):
+        weigh([one, Member.open(manifest.read(other.folder))])
+
+
+def test_members_with_another_number_of_options_are_refused_together(tmp_path: Path) -> None:
+    one, other = members(tmp_path, guesses(1), guesses(2)[:, :4])
+    with pytest.raises(BundleError, match="members a and b were trained on tables of different shape"):
+        weigh([one, other])
