@@ -213,6 +213,8 @@ def dry_run(
     print(table)
     if as_json:
         _show(summary, as_json)
+    if summary["failures"]:
+        raise typer.Exit(1)
 
 
 @vendor.command(epilog="Example: kit vendor wheels --profile kaggle-py312 --profile kaggle-py313")

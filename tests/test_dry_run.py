@@ -7,8 +7,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from typer.testing import CliRunner
 
 from kit import manifest
+from kit.cli import app
 from kit.data.tables import read_table
 from kit.errors import KitError, RehearsalError
 from kit.rehearsal.dryrun import dry_run
@@ -26,8 +28,8 @@ TRAIN = f"""
 from kit.paths import find_competition
 TEXT = {packed.RECIPE.format(folder='"competition"', pooling="match", retrieve="", lr=1e-3)!r}
 Path("tiny.toml").write_text(TEXT)
-run = kit.train(kit.Recipe.load("tiny.toml", [f"data.folder={{find_competition(INPUT, 'train.csv')}}"]))
-kit.pack([run.folder])
+folder = f"data.folder={{find_competition(INPUT, 'train.csv')}}"
+kit.pack([kit.train(kit.Recipe.load("tiny.toml", [folder, f"train.lr={{lr}}"])).folder for lr in (1e-3, 1e-5)])
 """
 INFER = """
 from kit.paths import find_competition
@@ -57,14 +59,20 @@ def test_both_notebooks_run_sealed_and_what_is_unchanged_is_not_run_again(tmp_pa
     assert summary["reused"] == []
     assert summary["failures"] == {}
     assert summary["rows"] == len(read_table(root / "submission.csv").frame) >= 120
-    (member,) = summary["weights"]
-    assert set(summary["map@3"]) >= {"random", "longest", "overlap", "test", "without_context", "oof", "folds", member}
+    unused = min(summary["weights"], key=summary["weights"].get)
+    assert summary["weights"][unused] == 0, "so the notebook does not score it"
+    assert set(summary["map@3"]) >= {"random", "longest", "overlap", "test", "without_context", "oof", "folds", *summary["weights"]}
     assert all(0 <= estimate["value"] <= 1 for name, estimate in summary["map@3"].items() if name not in ("oof", "folds"))
     assert "blend = submission.csv" in table
 
     again, _ = dry_run(tmp_path / "artifacts", notebooks)
-    assert again["reused"] == ["train", "infer", "infer without contexts"]
+    assert again["reused"] == ["train", "infer", "infer without contexts", f"infer {unused} alone"]
     assert again["map@3"] == summary["map@3"]
+
+    write_notebooks(tmp_path / "notebooks", infer=INFER.replace("outcome.save", "outcome.failures['one'] = 'broke'; outcome.save"))
+    done = CliRunner().invoke(app, ["dry-run", "--artifacts", str(tmp_path / "artifacts"), "--notebooks", str(tmp_path / "notebooks")])
+    assert "FAILED: one: broke" in done.stdout
+    assert done.exit_code == 1
 
     write_notebooks(tmp_path / "notebooks", infer=INFER + "\nraise RuntimeError('changed')")
     with pytest.raises(RehearsalError, match=r"infer\.ipynb, cell 2: RuntimeError: changed; the partly run notebook is"):

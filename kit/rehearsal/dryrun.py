@@ -12,8 +12,9 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from kit.vendor.wheels import CODE, DISTRIBUTION, pack_code
 
 _LIMITS = Limits(wall_s=3600)
 _ANSWERS = "test_answers.csv"
+_WITHOUT = "infer without contexts"
 
 
 def dry_run(artifacts: Path, notebooks: Path) -> tuple[dict[str, Any], str]:
@@ -53,6 +55,7 @@ class _DryRun:
     seconds: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
     attempts: list[str] = field(default_factory=list)
+    alone: list[Path] = field(default_factory=list)
 
     def run(self) -> tuple[dict[str, Any], str]:
         self.answers = write_sample(self.root / "answers") / _ANSWERS
@@ -67,7 +70,11 @@ class _DryRun:
         bundles = self._mount_bundles(train / "working" / "artifacts" / "bundles", infer / "input")
         notebook = self.notebooks / "infer.ipynb"
         self._stage("infer", [made, bundles, manifest.sha256(notebook)], lambda: self._notebook(notebook, infer))
-        self._stage("infer without contexts", [made, bundles], lambda: self._without_contexts(infer))
+        members = {path.parent.name: path.parent for path in sorted((infer / "input").glob(f"*/{manifest.FILE}")) if manifest.read(path.parent).kind == "member"}
+        self._stage(_WITHOUT, [made, bundles], lambda: self._infer(infer, _WITHOUT, [*members.values()], "--no-contexts"))
+        for name in sorted(members.keys() - _predictions(infer / "working").keys()):  # one that the blend does not use is rehearsed, too
+            self._stage(f"infer {name} alone", [made, bundles], partial(self._infer, infer, f"infer {name} alone", [members[name]]))
+            self.alone.append(self._again(f"infer {name} alone") / "submission.run")
         shutil.copyfile(infer / "working" / "submission.csv", self.root / "submission.csv")
         summary = self._summary(train, infer)
         manifest.write_atomically(self.root / "summary.json", json.dumps(summary, indent=1))
@@ -97,18 +104,21 @@ class _DryRun:
         shutil.rmtree(box / "working" / "artifacts" / "bundles", ignore_errors=True)
         self._notebook(notebook, box)
 
-    def _without_contexts(self, box: Path) -> None:
-        """The same members on the same rows with empty contexts, by the kit that the notebook installed, and guarded as it was."""
-        python, out = box / "python", self.root / "without-contexts"
+    def _again(self, stage: str) -> Path:
+        """Where a run of inference without the notebook writes."""
+        return self.root / manifest.slug(stage)
+
+    def _infer(self, box: Path, stage: str, members: Sequence[Path], *options: str) -> None:
+        """The rows of the test set once more, by the kit that the notebook installed, and guarded as it was."""
+        python, out = box / "python", self._again(stage)
+        shutil.rmtree(out, ignore_errors=True)
         log = next(python.glob("lib/python*/site-packages")) / guard.LOG
         log.unlink(missing_ok=True)
-        bundles = [str(path.parent) for path in sorted((box / "input").glob(f"*/{manifest.FILE}")) if manifest.read(path.parent).kind == "member"]
         test = next((box / "input").rglob("test.csv"))
-        options = [f"--test={test}", f"--out={out / 'submission.csv'}", "--no-contexts"]
-        command = [str(python / "bin" / "python"), "-m", "kit", "infer", *bundles, *options]
-        done = subprocess.run(command, env=runtime.clean_environment(), cwd=python, capture_output=True, text=True, check=False)
+        command = [python / "bin" / "python", "-m", "kit", "infer", *members, f"--test={test}", f"--out={out / 'submission.csv'}", *options]
+        done = subprocess.run([*map(str, command)], env=runtime.clean_environment(), cwd=python, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise KitError(f"inference without contexts failed: {done.stderr.strip().splitlines()[-1]}")
+            raise KitError(f"{stage} failed: {done.stderr.strip().splitlines()[-1]}")
         self.attempts += log.read_text().splitlines() if log.is_file() else []
 
     def _mount_competition(self, box: Path) -> None:
@@ -133,8 +143,9 @@ class _DryRun:
         questions = task.read(read_table(next((infer / "input").rglob("test.csv"))))
         answers = read_table(self.answers).frame.set_index("id")["answer"]
         targets = np.array(["ABCDE".index(answers[question.id]) for question in questions])
-        members = {name: values for name, values in np.load(infer / "working" / "predictions.npz").items() if np.isfinite(values).all()}
-        outcome = json.loads((infer / "working" / "outcome.json").read_text())
+        places = [infer / "working", *self.alone]
+        outcome, *alone = (json.loads((place / "outcome.json").read_text()) for place in places)
+        members = {name: values for place in places for name, values in _predictions(place).items()}
         runs = {path.parent.name: json.loads(path.read_text()) for path in sorted((train / "working/artifacts/runs").glob("*/metrics.json"))}
         runs = {name: values for name, values in runs.items() if manifest.slug(name) in outcome["weights"]}
         metric = task.metrics["map@3"]
@@ -143,13 +154,14 @@ class _DryRun:
         maps: dict[str, Any] = {name: bootstrap(metric, prediction, targets)._asdict() for name, prediction in scored.items()}
         maps["random"] = {"value": random_map(5)}
         maps["test"] = self._file_score(task, infer / "working" / "submission.csv")._asdict()
-        maps["without_context"] = self._file_score(task, self.root / "without-contexts" / "submission.csv")._asdict()
+        maps["without_context"] = self._file_score(task, self._again(_WITHOUT) / "submission.csv")._asdict()
         maps["oof"] = {**{name: values["oof"]["map@3"] for name, values in runs.items()}, "blend": outcome["oof"]["blend"]}
         maps["folds"] = {name: {fit: row["map@3"] for fit, row in values["folds"].items()} for name, values in runs.items()}
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
         return {
             "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)}, "parts": _parts(train, outcome), "reused": self.reused, "sockets": self.attempts,
-            "peak_mb": round(peak), "rows": len(questions), "weights": outcome["weights"], "failures": outcome["failures"], "map@3": maps,
+            "peak_mb": round(peak), "rows": len(questions), "weights": outcome["weights"],
+            "failures": {name: reason for run in (outcome, *alone) for name, reason in run["failures"].items()}, "map@3": maps,
         }  # fmt: skip
 
     def _file_score(self, task: MultipleChoice, path: Path) -> Estimate:
@@ -162,6 +174,11 @@ class _DryRun:
         corpus = Corpus.build(source, self.root / "baseline" / "corpus")
         hits = BM25.build(corpus, self.root / "baseline" / "bm25").search(prompts, 1)
         return [corpus[int(row[0])].text if row[0] >= 0 else "" for row in hits.ids]
+
+
+def _predictions(place: Path) -> dict[str, np.ndarray]:
+    """Of the members that scored every row."""
+    return {name: values for name, values in np.load(place / "predictions.npz").items() if np.isfinite(values).all()}
 
 
 def _parts(train: Path, outcome: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -191,9 +208,9 @@ def _table(summary: dict[str, Any]) -> str:
     named = {"random": "random order", "longest": "longest option", "overlap": "word overlap with the best passage"}
     lines += [_line(label, maps[name]) for name, label in named.items()]
     lines += [_line(f"member {name}, weight {weight:.2f}", maps[name]) for name, weight in summary["weights"].items() if name in maps]
-    lines += [f"  member {name}, weight {weight:.2f}: not needed, not scored" for name, weight in summary["weights"].items() if name not in maps]
     lines += [_line("blend without contexts", maps["without_context"]), _line("blend = submission.csv", maps["test"])]
-    lines += ["", f"peak memory of one process {summary['peak_mb']} MB, connections tried outside this machine: {len(summary['sockets'])}"]
+    lines += ["", *(f"FAILED: {name}: {reason}" for name, reason in summary["failures"].items())]
+    lines += [f"peak memory of one process {summary['peak_mb']} MB, connections tried outside this machine: {len(summary['sockets'])}"]
     return "\n".join(lines)
 
 
