@@ -32,6 +32,7 @@ folder = f"data.folder={{find_competition(INPUT, 'train.csv')}}"
 kit.pack([kit.train(kit.Recipe.load("tiny.toml", [folder, f"train.lr={{lr}}"])).folder for lr in (1e-3, 1e-5)])
 """
 INFER = """
+assert [path.name for path in Path.cwd().iterdir() if path.suffix != ".ipynb"] == [], "nothing of an earlier run"
 from kit.paths import find_competition
 assert not (find_competition(INPUT) / "test_answers.csv").exists()
 outcome = kit.infer()

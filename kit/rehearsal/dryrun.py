@@ -69,7 +69,7 @@ class _DryRun:
         self._stage("train", [made, manifest.sha256(notebook)], lambda: self._train(notebook, train))
         bundles = self._mount_bundles(train / "working" / "artifacts" / "bundles", infer / "input")
         notebook = self.notebooks / "infer.ipynb"
-        self._stage("infer", [made, bundles, manifest.sha256(notebook)], lambda: self._notebook(notebook, infer))
+        self._stage("infer", [made, bundles, manifest.sha256(notebook)], lambda: self._submit(notebook, infer))
         members = {path.parent.name: path.parent for path in sorted((infer / "input").glob(f"*/{manifest.FILE}")) if manifest.read(path.parent).kind == "member"}
         self._stage(_WITHOUT, [made, bundles], lambda: self._infer(infer, _WITHOUT, [*members.values()], "--no-contexts"))
         for name in sorted(members.keys() - _predictions(infer / "working").keys()):  # one that the blend does not use is rehearsed, too
@@ -102,6 +102,11 @@ class _DryRun:
     def _train(self, notebook: Path, box: Path) -> None:
         """Without bundles of an earlier run: they may have been trained on what is a test row now."""
         shutil.rmtree(box / "working" / "artifacts" / "bundles", ignore_errors=True)
+        self._notebook(notebook, box)
+
+    def _submit(self, notebook: Path, box: Path) -> None:
+        """In an empty folder: a run that another version of the kit left there would be resumed."""
+        shutil.rmtree(box / "working", ignore_errors=True)
         self._notebook(notebook, box)
 
     def _again(self, stage: str) -> Path:
