@@ -89,6 +89,13 @@ class Run:
             return list(self.process.children(recursive=True))
         return []
 
+    def programs(self) -> list[psutil.Process]:
+        """Those of them that are no copies of the run any more."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = self.process.cmdline()
+            return [process for process in self.family() if process.cmdline() not in ([], own)]
+        return []
+
     def scorers(self) -> list[psutil.Process]:
         """The processes that score: those that a process of the run has forked, or, where it does not fork, those without children."""
         family = self.family()
@@ -231,8 +238,11 @@ def stop(run: Run) -> None:
 
 
 def stop_early(run: Run) -> None:
-    """SIGSTOP the first process that the run starts, before it has imported what it needs, for good."""
-    for process in run.until(run.family) or ():
+    """SIGSTOP the first process that the run starts, before it has imported what it needs, for good.
+
+    Once it is a program of its own: stopped in the instant between fork and exec, it would hold the run in the kernel, which nothing else does.
+    """
+    for process in run.until(run.programs) or ():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.suspend()
 
