@@ -149,7 +149,7 @@ class _DryRun:
         answers = read_table(self.answers).frame.set_index("id")["answer"]
         targets = np.array(["ABCDE".index(answers[question.id]) for question in questions])
         places = [infer / "working", *self.alone]
-        outcome, *alone = (json.loads((place / "outcome.json").read_text()) for place in places)
+        outcome = json.loads((infer / "working" / "outcome.json").read_text())
         members = {name: values for place in places for name, values in _predictions(place).items()}
         runs = {path.parent.name: json.loads(path.read_text()) for path in sorted((train / "working/artifacts/runs").glob("*/metrics.json"))}
         runs = {name: values for name, values in runs.items() if manifest.slug(name) in outcome["weights"]}
@@ -165,8 +165,7 @@ class _DryRun:
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
         return {
             "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)}, "parts": _parts(train, outcome), "reused": self.reused, "sockets": self.attempts,
-            "peak_mb": round(peak), "rows": len(questions), "weights": outcome["weights"],
-            "failures": {name: reason for run in (outcome, *alone) for name, reason in run["failures"].items()}, "map@3": maps,
+            "peak_mb": round(peak), "rows": len(questions), "weights": outcome["weights"], "failures": outcome["failures"], "map@3": maps,
         }  # fmt: skip
 
     def _file_score(self, task: MultipleChoice, path: Path) -> Estimate:
