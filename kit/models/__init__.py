@@ -12,13 +12,19 @@ if TYPE_CHECKING:
     from kit.tasks import Tokens
 
 MODELS = {
+    "causal": "kit.models.causal:Causal",
     "encoder": "kit.models.encoder:Encoder",
     "rules": "kit.models.rules:Rules",
+    "seq2seq": "kit.models.seq2seq:Seq2Seq",
+    "zero_shot": "kit.models.zero_shot:ZeroShot",
 }
 
 
 class Model(Protocol):
-    """An nn.Module. gives: "row", "token", "next_token" or "all_tokens", as in kit.tasks.Task.needs."""
+    """An nn.Module. gives: one of the words of kit.tasks.Task.needs.
+
+    One that is never trained has `create`, `load`, `tokens`, `forward` and `save` only.
+    """
 
     gives: str
 
@@ -34,7 +40,7 @@ class Model(Protocol):
 
     @classmethod
     def load(cls, folder: Path, *, outputs: int, **options: Any) -> Self:
-        """The model that `save` wrote. Raises BundleError."""
+        """The model that `save` wrote; one that wrote an adapter only takes the folder of the weights it belongs to as `base`. Raises BundleError."""
         ...
 
     @classmethod
@@ -47,7 +53,7 @@ class Model(Protocol):
         ...
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
-        """All parameters, bottom → top, each exactly once: [embeddings, layer 1, …, layer L, pooling and head]."""
+        """All parameters, bottom → top, each exactly once: [embeddings, layer 1, …, layer L, pooling and head]; the last may be empty (tied words)."""
         ...
 
     @property

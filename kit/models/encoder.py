@@ -6,7 +6,7 @@ Loads from local files only, never remote code. With `pooling = "none"` the head
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from kit.models.tokens import HFTokens, train_wordpiece
 disable_progress_bar()  # transformers' bar for reading weights, which also fills logs
 
 Batch = dict[str, Tensor]
-_CONFIG = "config.json"
+_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _SHOWN = 300  # characters of a library's error
-_LAYERS = ("encoder.layer", "transformer.layer", "layers", "encoder.layers")  # where encoder families keep their layers
+_LAYERS = ("encoder.layer", "transformer.layer", "layers", "encoder.layers", "h", "block")  # where families keep their layers
 
 
 class Encoder(nn.Module):
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
         super().__init__()
         if pooling != "none" and pooling not in POOLINGS:
             raise ConfigError(f"model.pooling = {pooling!r} is unknown{nearest(pooling, [*POOLINGS, 'none'])}")
-        self.backbone = _random_backbone(config)
+        self.backbone = draw_backbone(AutoModel, config)
         pool: Any = None if pooling == "none" else POOLINGS[pooling](config.hidden_size)
         self.pool = pool
         self.dropout = nn.Dropout(dropout)
@@ -56,35 +56,17 @@ class Encoder(nn.Module):
         """See kit.models.Model: `config` holds model_type and its settings; the tokenizer is an uncased WordPiece."""
         train_wordpiece(texts(), folder, vocab_size=vocab_size)
         tokens = HFTokens(folder)
-        settings = dict(config)
-        kind = settings.pop("model_type", None)
-        if kind is None:
-            raise ConfigError('model.config needs model_type, for example model_type = "deberta-v2"')
-        try:
-            made = AutoConfig.for_model(kind, vocab_size=len(tokens), pad_token_id=tokens.pad_id, **settings)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise ConfigError(f"model.config: {_one_line(error)}") from None
+        made = make_config(config, vocab_size=len(tokens), pad_token_id=tokens.pad_id)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            backbone = _random_backbone(made)
-        backbone.save_pretrained(folder)
+            draw_backbone(AutoModel, made).save_pretrained(folder)
 
     @classmethod
     def create(cls, source: Path, *, outputs: int, **options: Any) -> Encoder:
         """See kit.models.Model."""
         config = read_config(source)
         model = cls(config, outputs=outputs, **options)
-        if not any(Path(source).glob("*.safetensors")):
-            raise BundleError(f"{source}: no .safetensors weights: convert the checkpoint first (pickled weights are never loaded)")
-        try:
-            model.backbone, found = AutoModel.from_pretrained(
-                source, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-        except Exception as error:  # safetensors, json and transformers raise unrelated types for damaged files
-            raise BundleError(f"{source}: the backbone's weights cannot be loaded: {_one_line(error)}") from None
-        missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # a pooler is never used
-        if missing:  # transformers fills them with random numbers
-            raise BundleError(f"{source}: the weights lack {len(missing)} tensors of the backbone, such as {missing[0]}: take the config.json that belongs to them")
+        model.backbone = read_backbone(AutoModel, source, config, but="pooler.", dtype=torch.float32)  # a pooler is never used
         return model
 
     @classmethod
@@ -96,8 +78,9 @@ class Encoder(nn.Module):
 
     @classmethod
     def tokens(cls, folder: Path) -> HFTokens:
-        """See kit.models.Model; sequences are limited to the positions that config.json names, where it is there."""
-        return HFTokens(folder, limit=position_limit(read_config(folder)))
+        """See kit.models.Model; sequences are limited to the positions that config.json names."""
+        config = read_config(folder)
+        return read_tokens(folder, config, limit=position_limit(config))
 
     def save(self, folder: Path) -> None:
         """Write config.json and the weights of backbone, pooling and head."""
@@ -122,36 +105,52 @@ class Encoder(nn.Module):
 
         The first group so holds the embeddings and also DeBERTa's relative-position table, encoder LayerNorm and convolution.
         """
-        layers = [list(layer.parameters()) for layer in self._layers()]
-        inside = {id(parameter) for layer in layers for parameter in layer}
-        bottom = [parameter for parameter in self.backbone.parameters() if id(parameter) not in inside]
-        top = [parameter for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
-        return [bottom, *layers, top]
+        return layer_groups(self, [self.backbone])
 
     def checkpoint_activations(self) -> None:
         """See kit.models.Model."""
-        old_name = "gradient_checkpointing_enable"  # deprecated in transformers 5, before it the only one
-        enable = getattr(self.backbone, "activation_checkpointing_enable", None) or getattr(self.backbone, old_name)
-        enable({"use_reentrant": False})
+        checkpoint_activations(self.backbone)
 
     def reinit_layers(self, count: int) -> None:
         """See kit.models.Model. Raises ConfigError where there are fewer layers."""
-        layers = self._layers()
-        if count > len(layers):
-            raise ConfigError(f"train.reinit_layers = {count}: the encoder has {len(layers)} layers")
-        for layer in layers[len(layers) - count :]:
-            for parameter in layer.parameters():
-                parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # else transformers keeps what it loaded
-            layer.apply(self.backbone._init_weights)
+        reinit_layers(self.backbone, [*layers_of(self.backbone)], count)
 
-    def _layers(self) -> nn.ModuleList:
-        for path in _LAYERS:
-            module: Any = self.backbone
-            for name in path.split("."):
-                module = getattr(module, name, None)
-            if isinstance(module, nn.ModuleList):
-                return module
-        raise ConfigError(f"model type {self.backbone.config.model_type!r} keeps its layers in an unknown place (tried {', '.join(_LAYERS)})")
+
+def layers_of(backbone: Any) -> nn.ModuleList:
+    """The layers of an encoder or decoder, bottom → top. Raises ConfigError for a family that keeps them in an unknown place."""
+    for path in _LAYERS:
+        module: Any = backbone
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if isinstance(module, nn.ModuleList):
+            return module
+    raise ConfigError(f"model type {backbone.config.model_type!r} keeps its layers in an unknown place (tried {', '.join(_LAYERS)})")
+
+
+def layer_groups(model: nn.Module, stacks: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
+    """[everything of the stacks outside their layers, layer 1 … L of the first stack, of the next …, the rest of the model]: all parameters, each once."""
+    layers = [list(layer.parameters()) for stack in stacks for layer in layers_of(stack)]
+    inside = {id(parameter) for layer in layers for parameter in layer}
+    bottom = [parameter for parameter in nn.ModuleList(stacks).parameters() if id(parameter) not in inside]
+    below = inside | {id(parameter) for parameter in bottom}
+    return [bottom, *layers, [parameter for parameter in model.parameters() if id(parameter) not in below]]
+
+
+def checkpoint_activations(backbone: Any, **options: Any) -> None:
+    """Recompute activations in the backward pass. options: of torch.utils.checkpoint."""
+    old_name = "gradient_checkpointing_enable"  # deprecated in transformers 5, before it the only one
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or getattr(backbone, old_name)
+    enable({"use_reentrant": False, **options})
+
+
+def reinit_layers(backbone: Any, layers: Sequence[nn.Module], count: int) -> None:
+    """Draw the weights of the top `count` layers anew, as the backbone's library initialises them. Raises ConfigError where there are fewer."""
+    if count > len(layers):
+        raise ConfigError(f"train.reinit_layers = {count}: the model has {len(layers)} layers")
+    for layer in layers[len(layers) - count :]:
+        for parameter in layer.parameters():
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # else transformers keeps what it loaded
+        layer.apply(backbone._init_weights)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -160,15 +159,15 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read: {error}: give a Hugging Face encoder folder") from None
+        raise BundleError(f"{path}: cannot be read: {error}: give a Hugging Face model folder") from None
     if not isinstance(values, dict):
-        raise BundleError(f"{path}: holds no settings: give a Hugging Face encoder folder")
+        raise BundleError(f"{path}: holds no settings: give a Hugging Face model folder")
     if "auto_map" in values:
         raise BundleError(f"{path}: asks for remote code (auto_map), which never runs here: use a model of the transformers library")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise BundleError(f"{path}: {_one_line(error)}") from None
+        raise BundleError(f"{path}: {one_line(error)}") from None
     return config
 
 
@@ -178,15 +177,61 @@ def position_limit(config: PretrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", 512)) - offset
 
 
-def _random_backbone(config: PretrainedConfig) -> Any:
-    """The architecture a configuration describes. Raises ConfigError where its sizes contradict each other."""
+def read_tokens(folder: Path, config: PretrainedConfig, *, limit: int) -> HFTokens:
+    """The tokens of a model folder. Raises BundleError where they are more than the model knows."""
+    tokens, known = HFTokens(folder, limit=limit), config.get_text_config().vocab_size
+    if len(tokens) > known:
+        raise BundleError(f"{folder}: the tokenizer has {len(tokens)} tokens and the model {known}: take both from one checkpoint")
+    return tokens
+
+
+def make_config(settings: Mapping[str, Any], **more: Any) -> PretrainedConfig:
+    """The configuration of a model to invent, from the recipe's model.config. more: what its tokenizer decides. Raises ConfigError."""
+    if "model_type" not in settings:
+        raise ConfigError('model.config needs model_type, for example model_type = "deberta-v2", "llama" or "t5"')
+    others = {name: value for name, value in settings.items() if name != "model_type"}
     try:
-        return AutoModel.from_config(config, trust_remote_code=False)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.config of a {config.model_type!r} model: {_one_line(error)}") from None
+        return AutoConfig.for_model(settings["model_type"], **more, **others)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {one_line(error)}") from None
 
 
-def _one_line(error: Exception) -> str:
-    """The error's text, shortened to what a line holds."""
+def draw_backbone(kind: Any, config: PretrainedConfig, **options: Any) -> Any:
+    """The architecture a configuration describes, with random weights. kind: one of transformers' Auto classes. Raises ConfigError."""
+    try:
+        return kind.from_config(config, trust_remote_code=False, **options)
+    except (ValueError, TypeError, KeyError) as error:  # sizes that contradict each other, or another kind of architecture
+        raise ConfigError(f"model.config: model type {config.model_type!r} does not make a model of this kind: {one_line(error)}") from None
+
+
+def read_backbone(kind: Any, source: Path, config: PretrainedConfig, *, but: str = "", **options: Any) -> Any:
+    """The weights of a folder. kind: one of transformers' Auto classes. but: begins the names of tensors that may lack. Raises BundleError."""
+    there = {path.name for path in Path(source).glob("*.safetensors")}
+    if not there:
+        raise BundleError(f"{source}: no .safetensors weights: convert the checkpoint first (pickled weights are never loaded)")
+    if missing := sorted(_shards(Path(source) / _INDEX) - there):
+        raise BundleError(f"{source}: {missing[0]} is missing, which {_INDEX} names: copy all files of the checkpoint")
+    local = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        made, found = kind.from_pretrained(source, config=config, output_loading_info=True, **local, **options)
+    except Exception as error:  # safetensors, json and transformers raise unrelated types for damaged files
+        raise BundleError(f"{source}: the weights cannot be loaded: {one_line(error)}: copy the checkpoint again, with its own {_CONFIG}") from None
+    if lacking := sorted(name for name in found["missing_keys"] if not (but and name.startswith(but))):  # transformers fills them with random numbers
+        raise BundleError(f"{source}: the weights lack {len(lacking)} tensors of the model, such as {lacking[0]}: take the {_CONFIG} that belongs to them")
+    return made
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names, if there is one."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{index}: cannot be read: {one_line(error)}: copy the checkpoint again") from None
+
+
+def one_line(error: Exception) -> str:
+    """An error's text, shortened to what a line holds."""
     text = " ".join(str(error).split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -142,7 +142,7 @@ def test_reinit_draws_the_top_layers_anew_and_nothing_else(folder: Path, count: 
 
 
 def test_reinit_of_more_layers_than_there_are_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.reinit_layers = 3: the encoder has 2 layers"):
+    with pytest.raises(ConfigError, match=r"train\.reinit_layers = 3: the model has 2 layers"):
         tiny.encoder(folder).reinit_layers(3)
 
 
@@ -271,8 +271,24 @@ def test_weights_of_another_shape_are_refused(damaged: Path) -> None:
 
 def test_weights_that_lack_a_layer_are_refused_and_not_filled_with_random_numbers(damaged: Path) -> None:
     edit_config(damaged, num_hidden_layers=3)
-    with pytest.raises(BundleError, match=r"the weights lack 16 tensors of the backbone, such as encoder\.layer\.2\."):
+    with pytest.raises(BundleError, match=r"the weights lack 16 tensors of the model, such as encoder\.layer\.2\."):
         Encoder.create(damaged, outputs=1)
+
+
+def test_a_shard_less_is_named(damaged: Path) -> None:
+    tensors = load_file(damaged / "model.safetensors")
+    (damaged / "model.safetensors").rename(damaged / "model-00001-of-00002.safetensors")
+    names = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    message = rf"^{damaged}: model-00002-of-00002\.safetensors is missing, which model\.safetensors\.index\.json names: copy all files of the checkpoint$"
+    with pytest.raises(BundleError, match=message):
+        Encoder.create(damaged, outputs=1)
+
+
+def test_a_tokenizer_that_knows_more_than_the_weights_is_refused(damaged: Path) -> None:
+    edit_config(damaged, vocab_size=50)
+    with pytest.raises(BundleError, match=rf"^{damaged}: the tokenizer has \d+ tokens and the model 50: take both from one checkpoint$"):
+        Encoder.tokens(damaged)
 
 
 def test_a_missing_pooler_is_no_fault(damaged: Path) -> None:
