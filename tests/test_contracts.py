@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,12 +21,12 @@ from kit.errors import BundleError, ConfigError, DataError
 from kit.models import MODELS, Model
 from kit.retrieval import RETRIEVERS, Hits, Retriever
 from kit.retrieval.corpus import Corpus
-from kit.tasks import TASKS, Feature, Task, Tokens
+from kit.tasks import TASKS, Feature, Task, Tokens, suffices
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 N = 5
-NEEDS = {"row", "token", "next_token", "all_tokens"}
+NEEDS = {"row", "token", "place", "answer_token", "next_token"}
 
 
 def entry(registry: dict[str, str], kind: str) -> Any:
@@ -48,12 +48,15 @@ def test_every_entry_has_all_verbs_with_the_contracts_parameters(registry: dict[
     for kind in registry:
         made = entry(registry, kind)
         assert inspect.getdoc(made), f"{kind} says what it is"
-        for verb in verbs(protocol):
+        for verb in verbs(protocol) - (OF_TRAINING if kind in tiny.UNTRAINED else set()):
             assert hasattr(made, verb), f"{kind} has no {verb}"
             promised, given = vars(protocol)[verb], inspect.getattr_static(made, verb)
             if not isinstance(promised, property):
                 assert_takes(getattr(given, "__func__", given), getattr(promised, "__func__", promised), f"{kind}.{verb}")
             assert isinstance(given, classmethod) == isinstance(promised, classmethod), f"{kind}.{verb}"
+
+
+OF_TRAINING = {"layer_groups", "input_embeddings", "checkpoint_activations", "reinit_layers"}
 
 
 def assert_takes(given: Any, promised: Any, verb: str) -> None:
@@ -67,7 +70,7 @@ def assert_takes(given: Any, promised: Any, verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("registry", "examples", "name"), [(TASKS, tiny.TASKS, "TASKS"), (MODELS, tiny.MODELS, "MODELS"), (RETRIEVERS, tiny.RETRIEVERS, "RETRIEVERS")]
+    ("registry", "examples", "name"), [(TASKS, tiny.TASKS, "TASKS"), (MODELS, tiny.WAYS, "WAYS"), (RETRIEVERS, tiny.RETRIEVERS, "RETRIEVERS")]
 )
 def test_every_entry_has_an_example(registry: dict[str, str], examples: dict[str, Any], name: str) -> None:
     for kind in registry:
@@ -83,25 +86,63 @@ def test_a_kind_without_an_example_is_named() -> None:
 # models
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
-def model_kind(request: pytest.FixtureRequest) -> str:
-    return request.param
+class Way(NamedTuple):
+    """A kind of model with options, and what it gives then."""
+
+    kind: str
+    gives: str
+    options: dict[str, Any]
+
+    @property
+    def is_trained(self) -> bool:
+        return self.kind not in tiny.UNTRAINED
+
+    @property
+    def base(self) -> str:
+        """The kind of the folders it is made of."""
+        return tiny.UNTRAINED.get(self.kind, self.kind)
+
+    def load(self, folder: Path, base: Path) -> Any:
+        beside = {"base": base} if "adapter" in self.options or not self.is_trained else {}
+        return entry(MODELS, self.kind).load(folder, outputs=2, **beside, **self.options)
+
+    def __str__(self) -> str:
+        return "-".join([self.kind, *self.options])
+
+
+MODEL_WAYS = [Way(kind, *way) for kind in sorted(MODELS) for way in example(tiny.WAYS, kind, "WAYS")]
 
 
 @pytest.fixture(scope="module")
-def folder(model_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone of the kind, made by `invent`."""
-    made = tmp_path_factory.mktemp(model_kind)
-    entry(MODELS, model_kind).invent(made, lambda: tiny.TEXTS, seed=0, **example(tiny.MODELS, model_kind, "MODELS"))
-    return made
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A backbone of every kind that is trained, made by `invent`."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in sorted(MODELS) if kind not in tiny.UNTRAINED}
+    for kind, folder in folders.items():
+        entry(MODELS, kind).invent(folder, lambda: tiny.TEXTS, seed=0, **example(tiny.MODELS, kind, "MODELS"))
+    return folders
+
+
+@pytest.fixture(params=MODEL_WAYS, ids=str)
+def way(request: pytest.FixtureRequest) -> Way:
+    return request.param
 
 
 @pytest.fixture
-def model(model_kind: str, folder: Path) -> Any:
+def folder(way: Way, backbones: dict[str, Path]) -> Path:
+    return backbones[way.base]
+
+
+@pytest.fixture
+def tokens(way: Way, folder: Path) -> Any:
+    return entry(MODELS, way.kind).tokens(folder)
+
+
+@pytest.fixture
+def model(way: Way, folder: Path) -> Any:
     torch.manual_seed(0)
-    made = entry(MODELS, model_kind).create(folder, outputs=2)
+    made = entry(MODELS, way.kind).create(folder, outputs=2, **way.options)
     with torch.no_grad():
-        for parameter in made.layer_groups()[-1]:
+        for parameter in made.layer_groups()[-1] if way.is_trained and "adapter" not in way.options else ():
             parameter.add_(0.1 * torch.randn(parameter.shape))  # a head may start at zero
     return made
 
@@ -110,33 +151,49 @@ def encoded(tokens: Tokens) -> list[Any]:
     return [tokens.encode(tiny.TEXTS[row], tiny.TEXTS[row + 1][:20], max_length=40)[0] for row in range(N)]
 
 
-def test_invent_gives_the_same_files_for_a_seed(model_kind: str, folder: Path, tmp_path: Path) -> None:
-    entry(MODELS, model_kind).invent(tmp_path, lambda: tiny.TEXTS, seed=0, **tiny.MODELS[model_kind])
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {path.name: path.read_bytes() for path in folder.iterdir()}
+def batch_of(way: Way, tokens: Any) -> dict[str, torch.Tensor]:
+    """N texts in pairs, or N trees of one branch, each asked at its last token."""
+    if way.gives in ("row", "token"):
+        return tokens.pad(encoded(tokens))
+    texts = [[tokens.prompt(tiny.TEXTS[row], (0, 0), max_length=40), tokens.branch(tiny.TEXTS[row + 1][:20])] for row in range(N)]
+    batch = tokens.join(texts)
+    lengths = torch.tensor([sum(len(part["input_ids"]) for part in text) for text in texts])
+    at = torch.arange(N) * batch["branch"].shape[1] + lengths - 1
+    return batch | {"at": at, "token": batch["input_ids"].flatten()[at]}
 
 
-def test_forward_gives_what_the_model_says(model_kind: str, folder: Path, model: Any) -> None:
-    tokens = entry(MODELS, model_kind).tokens(folder)
-    batch = tokens.pad(encoded(tokens))
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_invent_gives_the_same_files_for_a_seed_or_is_refused(kind: str, backbones: dict[str, Path], tmp_path: Path) -> None:
+    invent = entry(MODELS, kind).invent
+    if kind in tiny.UNTRAINED:
+        with pytest.raises(ConfigError, match=rf'model\.kind = "{kind}"'):
+            invent(tmp_path, lambda: tiny.TEXTS, seed=0)
+        return
+    invent(tmp_path, lambda: tiny.TEXTS, seed=0, **tiny.MODELS[kind])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {path.name: path.read_bytes() for path in backbones[kind].iterdir()}
+
+
+def test_forward_gives_what_the_model_says(way: Way, tokens: Tokens, model: Any) -> None:
+    batch = batch_of(way, tokens)
     output = model.eval()(batch)
-    assert model.gives in NEEDS and output.dtype == torch.float32 and torch.isfinite(output).all()
-    shapes = {"row": (N, 2), "token": (N, *batch.get("input_ids", torch.empty(0, 0)).shape[1:], 2)}
-    assert tuple(output.shape) == shapes.get(model.gives, tuple(output.shape)) and output.shape[0] == N
+    assert model.gives == way.gives in NEEDS and output.dtype == torch.float32 and torch.isfinite(output).all()
+    shapes = {"row": (N, 2), "token": (N, *batch.get("input_ids", torch.empty(0, 0)).shape[1:], 2), "place": (N, 2)}
+    assert tuple(output.shape) == shapes.get(model.gives, (N,))
 
 
-def test_layer_groups_partition_the_parameters(model: Any) -> None:
+def test_layer_groups_partition_the_parameters(way: Way, model: Any) -> None:
+    if not way.is_trained:
+        return
     grouped = [id(parameter) for group in model.layer_groups() for parameter in group]
     assert len(grouped) == len(set(grouped)) and set(grouped) == {id(parameter) for parameter in model.parameters()}
-    assert len(model.layer_groups()) >= 2 and model.layer_groups()[-1]
+    assert len(model.layer_groups()) >= 2 and (model.layer_groups()[-1] or way.gives.endswith("_token"))  # a vocabulary's head may be the embeddings
 
 
-def test_a_saved_model_and_its_tokens_come_back_equal(model_kind: str, folder: Path, model: Any, tmp_path: Path) -> None:
-    kind = entry(MODELS, model_kind)
-    tokens = kind.tokens(folder)
+def test_a_saved_model_and_its_tokens_come_back_equal(way: Way, folder: Path, tokens: Tokens, model: Any, tmp_path: Path) -> None:
     model.save(tmp_path)
     tokens.save(tmp_path)
-    loaded, again = kind.load(tmp_path, outputs=2), kind.tokens(tmp_path)
-    first, second = tokens.pad(encoded(tokens)), again.pad(encoded(again))
+    loaded, again = way.load(tmp_path, folder), entry(MODELS, way.kind).tokens(tmp_path)
+    first, second = batch_of(way, tokens), batch_of(way, again)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     with torch.inference_mode():
         assert torch.equal(loaded.eval()(second), model.eval()(first))
@@ -144,19 +201,21 @@ def test_a_saved_model_and_its_tokens_come_back_equal(model_kind: str, folder: P
     assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
 
 
-def test_a_folder_without_weights_or_tokens_is_a_bundle_error(model_kind: str, tmp_path: Path) -> None:
-    kind = entry(MODELS, model_kind)
-    for open_it in (lambda: kind.load(tmp_path, outputs=1), lambda: kind.tokens(tmp_path)):
-        with pytest.raises(BundleError, match=str(tmp_path)):
+def test_a_folder_without_weights_or_tokens_is_a_bundle_error(way: Way, folder: Path, tmp_path: Path) -> None:
+    for open_it in (lambda: way.load(tmp_path, folder), lambda: entry(MODELS, way.kind).tokens(tmp_path)):
+        with pytest.raises(BundleError, match=str(tmp_path)) as error:
             open_it()
+        assert "\n" not in str(error.value)
 
 
-def test_what_training_may_ask_for_works_or_is_refused_by_name(model: Any) -> None:
+def test_what_training_may_ask_for_works_or_is_refused_by_name(way: Way, model: Any) -> None:
+    if not way.is_trained:
+        return
     model.checkpoint_activations()
     model.reinit_layers(0)
     with pytest.raises(ConfigError, match=r"train\.reinit_layers = 99"):
         model.reinit_layers(99)
-    if any(name.endswith("embeddings.weight") for name, _ in model.named_parameters()):
+    if any(isinstance(module, torch.nn.Embedding) for module in model.modules()):
         table = model.input_embeddings
         assert any(parameter is table for parameter in model.parameters()) and table.ndim == 2
     else:
@@ -164,8 +223,7 @@ def test_what_training_may_ask_for_works_or_is_refused_by_name(model: Any) -> No
             model.input_embeddings  # noqa: B018
 
 
-def test_tokens_keep_what_a_feature_counts_on(model_kind: str, folder: Path) -> None:
-    tokens = entry(MODELS, model_kind).tokens(folder)
+def test_tokens_keep_what_a_feature_counts_on(tokens: Tokens) -> None:
     encodings = encoded(tokens)
     assert all(encoding["input_ids"].ndim == 1 and len(encoding["input_ids"]) >= 1 for encoding in encodings)
     assert Feature(0, tuple(encodings)).tokens == sum(len(encoding["input_ids"]) for encoding in encodings)
@@ -179,37 +237,47 @@ def test_tokens_keep_what_a_feature_counts_on(model_kind: str, folder: Path) -> 
 # tasks, with every model that gives what they need
 
 
-PAIRS = [(task, model) for task in sorted(TASKS) for model in sorted(MODELS)]
+class Tried(NamedTuple):
+    """A task and examples of it."""
+
+    task: Any
+    examples: list[Any]
+    sample: tiny.TaskExample
+
+
+CASES = {f"{kind}-{name}": (kind, name) for kind in sorted(TASKS) for name in example(tiny.TASKS, kind, "TASKS").settings}
+
+
+def tried(case: str) -> Tried:
+    kind, name = CASES[case]
+    sample = tiny.TASKS[kind]
+    return Tried(entry(TASKS, kind)(**sample.settings[name]), sample.examples(N), sample)
+
+
+PAIRS = [(case, way) for case in CASES for way in MODEL_WAYS if way.is_trained and suffices(way.gives, tried(case).task.needs)]
 
 
 class Made:
     """A task, its examples, and a model that fits."""
 
-    def __init__(self, task_kind: str, model_kind: str, folder: Path) -> None:
-        sample = example(tiny.TASKS, task_kind, "TASKS")
-        self.task = entry(TASKS, task_kind)(**sample.options)
-        kind = entry(MODELS, model_kind)
-        kind.invent(folder, lambda: tiny.TEXTS, seed=0, **example(tiny.MODELS, model_kind, "MODELS"))
-        self.model = kind.create(folder, outputs=self.task.outputs)
-        self.tokens = kind.tokens(folder)
-        self.examples = sample.examples(N)
-        self.write = sample.write
+    def __init__(self, case: str, way: Way, folder: Path) -> None:
+        self.task, self.examples, _ = tried(case)
+        torch.manual_seed(0)
+        self.model = entry(MODELS, way.kind).create(folder, outputs=self.task.outputs, **way.options)
+        self.tokens = entry(MODELS, way.kind).tokens(folder)
 
 
-@pytest.fixture(params=PAIRS, ids=[f"{task}-{model}" for task, model in PAIRS])
-def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
-    found = Made(*request.param, tmp_path)
-    if found.model.gives != found.task.needs:
-        pytest.skip(f"the task needs {found.task.needs!r}, this model gives {found.model.gives!r} with its defaults")
-    return found
+@pytest.fixture(params=PAIRS, ids=[f"{case}-{way}" for case, way in PAIRS])
+def made(request: pytest.FixtureRequest, backbones: dict[str, Path]) -> Made:
+    case, way = request.param
+    return Made(case, way, backbones[way.base])
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_every_task_has_a_model_that_gives_what_it_needs(task_kind: str, tmp_path: Path) -> None:
-    needs = entry(TASKS, task_kind).needs
-    assert needs in NEEDS
-    gives = {kind: Made(task_kind, kind, tmp_path / kind).model.gives for kind in MODELS}
-    assert needs in gives.values(), f"no model gives {needs!r} with its defaults: {gives}"
+def test_every_task_has_a_model_that_gives_what_it_needs() -> None:
+    assert {tried(case).task.needs for case in CASES} <= NEEDS
+    assert {case for case, _ in PAIRS} == {*CASES}
+    assert {way.kind for case, way in PAIRS if case == "multiple_choice_prompt-likelihood"} == {"causal", "seq2seq"}
+    assert {way.kind for case, way in PAIRS if case.startswith("causal_lm")} == {"causal"}
 
 
 def test_encode_gives_the_rows_in_order(made: Made) -> None:
@@ -265,10 +333,12 @@ def test_decode_gives_a_prediction_per_example_and_nan_where_nobody_scored(made:
     assert values and all(isinstance(value, float) and np.isfinite(value) for value in values.values())
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_a_written_table_is_read_back_and_its_submission_scores_the_same(task_kind: str, tmp_path: Path) -> None:
-    sample = example(tiny.TASKS, task_kind, "TASKS")
-    task, examples = entry(TASKS, task_kind)(**sample.options), sample.examples(N)
+@pytest.mark.parametrize("case", CASES)
+def test_a_written_table_is_read_back_and_its_submission_scores_the_same(case: str, tmp_path: Path) -> None:
+    task, examples, sample = tried(case)
+    if not task.submits:
+        assert_refuses(task, examples, sample, tmp_path)
+        return
     read = task.read(read_table(sample.write(tmp_path / "table.csv", examples)))
     assert [one.id for one in read] == [one.id for one in examples]
     np.testing.assert_array_equal(task.targets(read), task.targets(examples))
@@ -284,10 +354,11 @@ def test_a_written_table_is_read_back_and_its_submission_scores_the_same(task_ki
     assert task.parse(read_table(write(task.rows(partly, examples), tmp_path / "partly.csv")), read_table(tmp_path / "table.csv"))
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_a_written_submission_has_no_fault_and_a_spoiled_row_of_it_has_one(task_kind: str, tmp_path: Path) -> None:
-    sample = example(tiny.TASKS, task_kind, "TASKS")
-    task, examples = entry(TASKS, task_kind)(**sample.options), sample.examples(N)
+@pytest.mark.parametrize("case", CASES)
+def test_a_written_submission_has_no_fault_and_a_spoiled_row_of_it_has_one(case: str, tmp_path: Path) -> None:
+    task, examples, sample = tried(case)
+    if not task.submits:
+        return
     answers = read_table(sample.write(tmp_path / "table.csv", examples))
     rows = task.rows(np.random.default_rng(0).random((N, task.width(examples)), np.float32), examples).astype(str)
     for known in (answers, None):
@@ -304,15 +375,24 @@ def test_a_written_submission_has_no_fault_and_a_spoiled_row_of_it_has_one(task_
         task.check(read_table(write(rows[["id"]], tmp_path / "bare.csv")), answers)
 
 
+def assert_refuses(task: Any, examples: list[Any], sample: tiny.TaskExample, folder: Path) -> None:
+    """A task without a submission says so, whatever is asked."""
+    table = read_table(sample.write(folder / "table.csv", examples))
+    prediction = np.zeros((N, task.width(examples)), np.float32)
+    for verb in (lambda: task.check(table, None), lambda: task.check(table, table), lambda: task.parse(table, table), lambda: task.rows(prediction, examples)):
+        with pytest.raises(ConfigError, match=r"has no submission") as error:
+            verb()
+        assert "\n" not in str(error.value)
+
+
 def write(rows: Any, path: Path) -> Path:
     rows.to_csv(path, index=False)
     return path
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_queries_and_augmented_examples_are_as_many_as_the_examples(task_kind: str) -> None:
-    sample = example(tiny.TASKS, task_kind, "TASKS")
-    task, examples = entry(TASKS, task_kind)(**sample.options), sample.examples(N)
+@pytest.mark.parametrize("case", CASES)
+def test_queries_and_augmented_examples_are_as_many_as_the_examples(case: str) -> None:
+    task, examples, _ = tried(case)
     for form in ("prompt", "prompt_options"):
         queries = task.queries(examples, form)
         assert len(queries) == N and all(isinstance(query, str) and query for query in queries)
@@ -323,14 +403,9 @@ def test_queries_and_augmented_examples_are_as_many_as_the_examples(task_kind: s
     assert list(augmented) == list(again)
 
 
-def tried(task_kind: str) -> tuple[Task, list[Any]]:
-    sample = example(tiny.TASKS, task_kind, "TASKS")
-    return entry(TASKS, task_kind)(**sample.options), sample.examples(N)
-
-
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_the_mean_merit_is_the_first_metric(task_kind: str) -> None:
-    task, examples = tried(task_kind)
+@pytest.mark.parametrize("case", CASES)
+def test_the_mean_merit_is_the_first_metric(case: str) -> None:
+    task, examples, _ = tried(case)
     prediction = np.random.default_rng(0).random((N, task.width(examples)), np.float32)
     prediction[1] = np.nan
     merit = task.merit(prediction, task.targets(examples))
@@ -339,37 +414,38 @@ def test_the_mean_merit_is_the_first_metric(task_kind: str) -> None:
     assert len({*merit.tolist()}) > 1
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_doubt_is_smallest_for_a_sure_row_and_largest_for_one_that_says_nothing(task_kind: str) -> None:
-    task, examples = tried(task_kind)
-    width = task.width(examples)
-    rng = np.random.default_rng(0)
-    sure, even = np.eye(width, dtype=np.float32), np.full((1, width), 1 / width, np.float32)
-    others = rng.dirichlet(np.ones(width), 20).astype(np.float32)
+@pytest.mark.parametrize("case", CASES)
+def test_doubt_is_smallest_for_a_sure_row_and_largest_for_one_that_says_nothing(case: str) -> None:
+    task, examples, sample = tried(case)
+    sure, others, nothing = sample.predictions(task.width(examples))
     missing = others[:2] * np.array([[np.nan], [np.inf]], np.float32)
-    doubt = task.doubt(np.concatenate([sure, even, others, missing]))
-    assert doubt.shape == (width + 23,) and doubt.dtype == np.float64 and np.isfinite(doubt).all()
-    assert doubt[:width] == pytest.approx([doubt[0]] * width) and doubt[-2:] == pytest.approx([doubt[width]] * 2)
-    assert (doubt[0] < doubt[width + 1 : -2]).all() and (doubt[width + 1 : -2] < doubt[width]).all()
-    assert task.doubt(even[:0]).shape == (0,)
+    doubt = task.doubt(np.concatenate([sure, others, nothing, missing]))
+    assert doubt.shape == (len(sure) + 23,) and doubt.dtype == np.float64 and np.isfinite(doubt).all()
+    surest, between, most = doubt[: len(sure)], doubt[len(sure) : -3], doubt[-3]
+    assert surest == pytest.approx([doubt[0]] * len(sure)) and doubt[-2:] == pytest.approx([most] * 2)
+    assert (doubt[0] < between).all() and (between < most).all()
+    assert task.doubt(nothing[:0]).shape == (0,)
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_sizes_grow_with_the_context_up_to_what_the_task_allows(task_kind: str) -> None:
-    task, examples = tried(task_kind)
+@pytest.mark.parametrize("case", CASES)
+def test_sizes_grow_with_the_context_up_to_what_the_task_allows(case: str) -> None:
+    task, examples, _ = tried(case)
     sizes = [task.sizes(examples, np.full(N, chars)) for chars in (0, 40, 10**4, 10**8)]
     for size in (task.sizes(examples), *sizes):
         assert size.shape == (N,) and size.dtype == np.float64 and (size > 0).all()
-    assert (sizes[0] < sizes[1]).all() and (sizes[1] < sizes[2]).all()
-    np.testing.assert_array_equal(sizes[2], sizes[3])
+    if task.submits:
+        assert (sizes[0] < sizes[1]).all() and (sizes[1] < sizes[2]).all()
+        np.testing.assert_array_equal(sizes[2], sizes[3])
+    else:  # examples have no context
+        assert all((size == task.sizes(examples)).all() for size in sizes)
     own = np.array([len(getattr(one, "context", "")) for one in examples])
     np.testing.assert_array_equal(task.sizes(examples), task.sizes(examples, own))
     assert task.sizes([]).shape == (0,)
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_a_view_is_a_task_for_the_same_weights_and_costs_no_more_unless_it_is_scored_beside(task_kind: str) -> None:
-    task, examples = tried(task_kind)
+@pytest.mark.parametrize("case", CASES)
+def test_a_view_is_a_task_for_the_same_weights_and_costs_no_more_unless_it_is_scored_beside(case: str) -> None:
+    task, examples, _ = tried(case)
     usual = task.sizes(examples, np.full(N, 1000))
     for name, view in task.views().items():
         assert name.isidentifier() and name != "full"
@@ -389,17 +465,17 @@ def test_a_view_is_encoded_scored_and_decoded_as_the_task_is(made: Made) -> None
         assert prediction.shape == (N, made.task.width(made.examples)) and np.isfinite(prediction).all()
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_hints_have_a_number_for_every_column_of_a_prediction(task_kind: str) -> None:
-    task, examples = tried(task_kind)
+@pytest.mark.parametrize("case", CASES)
+def test_hints_have_a_number_for_every_column_of_a_prediction(case: str) -> None:
+    task, examples, _ = tried(case)
     hints = task.hints(examples)
     assert hints and all(name.isidentifier() and not name[-1].isdigit() for name in hints)
     for name, values in hints.items():
         assert values.shape == (N, task.width(examples)) and values.dtype == np.float32, name
         assert not np.isinf(values).any(), name
     (first, *_) = hints.values()
-    assert np.isfinite(first).all() and (first.std(1) > 0).any()
-    assert {name: values.shape for name, values in task.hints([]).items()} == dict.fromkeys(hints, (0, 0))
+    assert np.isfinite(first).all() and first.std() > 0
+    assert {name: values.shape for name, values in task.hints([]).items()} == dict.fromkeys(hints, (0, task.width([])))
 
 
 WITHOUT_TORCH = """
@@ -413,17 +489,18 @@ examples = task.read(read_table(Path(sys.argv[1])))
 prediction = np.full((len(examples), task.width(examples)), 0.5, np.float32)
 for view in (task, *(view.task for view in task.views().values())):
     view.sizes(examples), view.merit(prediction, view.targets(examples)), view.doubt(prediction), view.hints(examples)
-    view.rows(prediction, examples), view.decode([], [], examples), view.metrics, view.queries(examples, "prompt")
+    view.submits and view.rows(prediction, examples), view.decode([], [], examples), view.metrics, view.queries(examples, "prompt")
 print(len(examples), sorted({{"torch", "transformers"}} & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("task_kind", sorted(TASKS))
-def test_what_scores_nothing_needs_no_torch(task_kind: str, tmp_path: Path) -> None:
-    sample = example(tiny.TASKS, task_kind, "TASKS")
+@pytest.mark.parametrize("case", CASES)
+def test_what_scores_nothing_needs_no_torch(case: str, tmp_path: Path) -> None:
+    kind, settings = CASES[case]
+    sample = tiny.TASKS[kind]
     path = sample.write(tmp_path / "table.csv", sample.examples(N))
-    module, name = TASKS[task_kind].removeprefix("kit.tasks.").split(":")
-    code = WITHOUT_TORCH.format(module=module, name=name, options=sample.options)
+    module, name = TASKS[kind].removeprefix("kit.tasks.").split(":")
+    code = WITHOUT_TORCH.format(module=module, name=name, options=sample.settings[settings])
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == (f"{N} []\n", "")
 

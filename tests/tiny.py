@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import csv
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel
 
 from kit.config import Recipe
 from kit.models.encoder import Encoder
 from kit.models.tokens import FILE, HFTokens, train_wordpiece
+from kit.tasks.causal_lm import Document
 from kit.tasks.multiple_choice import LETTERS, Question
 
 TEXTS = (
@@ -53,8 +60,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Settings of every encoder family, 64 positions, 16 dimensions, 2 layers."""
 LAYERS, HIDDEN, POSITIONS = 2, 16, 64
 
-MODELS: dict[str, dict[str, Any]] = {"encoder": {"config": FAMILIES["bert"], "vocab_size": 500}, "rules": {"config": {"least_documents": 1}}}
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "relative_attention_num_buckets": 8, "dropout_rate": 0.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "causal": {"config": {**_SIZES, "model_type": "llama", "num_key_value_heads": 1}, "vocab_size": 500},
+    "encoder": {"config": FAMILIES["bert"], "vocab_size": 500},
+    "rules": {"config": {"least_documents": 1}},
+    "seq2seq": {"config": {**_T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, "vocab_size": 500},
+}
 """Options for `invent` of every kind of model."""
+UNTRAINED = {"zero_shot": "causal"}
+"""Kinds of model that are never trained, and the kind whose folders they read."""
+WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
+    "causal": (("next_token", {}), ("place", {"head": "score", "others": True}), ("next_token", {"adapter": {"r": 4, "dropout": 0.0}, "precision": "fp32"})),
+    "encoder": (("row", {}), ("token", {"pooling": "none"})),
+    "rules": (("row", {}),),
+    "seq2seq": (("answer_token", {}), ("place", {"head": "score"})),
+    "zero_shot": (("next_token", {"precision": "fp32"}),),
+}
+"""What every kind of model may give, and its options then; the usual ones first."""
 RETRIEVERS: dict[str, dict[str, Any]] = {"bm25": {}, "dense": {"model": "{encoder}"}, "hybrid": {"dense": {"model": "{encoder}"}}}
 """Options for `build` of every kind of retriever; "{encoder}" stands for a folder that `encoder_folder` wrote (of family "bert")."""
 
@@ -173,15 +196,49 @@ def competition(folder: Path, *, train: int = 12, test: int = 6, options: int = 
     return folder
 
 
-class TaskExample(NamedTuple):
-    """What a test needs to try a kind of task: its settings, examples of it, and how they become a table and an answers table."""
+def documents(n: int) -> list[Document]:
+    """TEXTS, over and over."""
+    return [Document(f"p{row}", TEXTS[row % len(TEXTS)]) for row in range(n)]
 
-    options: dict[str, Any]
+
+class Predictions(NamedTuple):
+    """Rows of a prediction (…, C): such as cannot be surer, others, and one (1, C) that says nothing."""
+
+    sure: np.ndarray
+    others: np.ndarray
+    nothing: np.ndarray
+
+
+def _probabilities(width: int) -> Predictions:
+    others = np.random.default_rng(0).dirichlet(np.ones(width), 20)
+    return Predictions(*(rows.astype(np.float32) for rows in (np.eye(width), others, np.full((1, width), 1 / width))))
+
+
+def _log_probabilities(width: int) -> Predictions:
+    others = np.random.default_rng(0).uniform(-15, -0.1, (20, width))
+    return Predictions(*(rows.astype(np.float32) for rows in (np.zeros((1, width)), others, np.full((1, width), -20.0))))
+
+
+class TaskExample(NamedTuple):
+    """What a test needs to try a kind of task: settings by name, examples of it, how they become a table and an answers table, predictions of a width."""
+
+    settings: dict[str, dict[str, Any]]
     examples: Callable[[int], list[Any]]
     write: Callable[[Path, Sequence[Any]], Path]
+    predictions: Callable[[int], Predictions]
 
 
-TASKS: dict[str, TaskExample] = {"multiple_choice": TaskExample({"max_length": 48}, questions, write_questions)}
+_FORMS: dict[str, dict[str, Any]] = {
+    "letter": {}, "orders": {"orders": 2}, "likelihood": {"form": "likelihood", "normalise": True}, "yes_no": {"form": "yes_no"},
+    "binary": {"form": "yes_no", "objective": "binary"}, "score": {"form": "score"},
+}  # fmt: skip
+TASKS: dict[str, TaskExample] = {
+    "causal_lm": TaskExample(
+        {"usual": {"max_length": 24}}, documents, lambda path, examples: write_corpus(path, [one.text for one in examples]), _log_probabilities
+    ),
+    "multiple_choice": TaskExample({"usual": {"max_length": 48}}, questions, write_questions, _probabilities),
+    "multiple_choice_prompt": TaskExample({name: {"max_length": 180, **form} for name, form in _FORMS.items()}, questions, write_questions, _probabilities),
+}  # fmt: skip
 """An example of every kind of task."""
 
 
@@ -201,7 +258,99 @@ def sentencepiece_model(path: Path, family: str, **changes: Any) -> Path:
     from sentencepiece import SentencePieceTrainer
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"vocab_size": 600, "hard_vocab_limit": False, "character_coverage": 1.0, "minloglevel": 2, **SENTENCEPIECE[family][2], **changes}
-    SentencePieceTrainer.train(sentence_iterator=iter(_WORDS * 3), model_prefix=str(path.with_suffix("")), **settings)
+    settings = {"vocab_size": 600, "hard_vocab_limit": False, "character_coverage": 1.0, "minloglevel": 2, **SENTENCEPIECE[family][2]}
+    SentencePieceTrainer.train(**{"sentence_iterator": iter(_WORDS * 3), "model_prefix": str(path.with_suffix("")), **settings, **changes})
     path.with_suffix(".vocab").unlink()
     return path
+
+
+LETTERED = (*TEXTS, *("Question: Which one? (A) A. Yes (B) B. No (C) C. D. E. F. Answer: A B C D E F Yes No; Yes: A B C D E F Yes No\n",) * 20)
+"""Texts on whose tokenizers the first letters and "Yes" and "No" are single tokens, with and without a space in front."""
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PROMPTING = ("wordpiece", "roberta", "gpt2", "llama3", "llama", "llama_first", "t5", "xlm-roberta", "deberta-v2")
+"""Families of tokenizers, as `prompting` makes them."""
+
+
+def prompting(folder: Path, family: str) -> HFTokens:
+    """A tokenizer of the family that knows letters, with special tokens for chats, written into `folder`.
+
+    llama: sentencepiece BPE as Llama 2 had it first (a dummy prefix before every part), llama_first: as it has it now (before the first only);
+    gpt2: byte-level, nothing around a text; llama3: byte-level with BOS, letters and newlines joined with punctuation as in Llama 3 and Qwen.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made = _WRITTEN[family](folder) if family in _WRITTEN else _converted(family)
+    made.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in ("<|im_start|>", "<|im_end|>")])
+    made.add_tokens([AddedToken("<tool>", normalized=False, special=False)])
+    made.save(str(folder / FILE))
+    return HFTokens(folder, limit=2048)
+
+
+@cache
+def _sentencepieces() -> dict[str, str]:
+    """tokenizer.json of the families that are sentencepiece models. From a process of its own: sentencepiece 0.2.1 crashes in one where pytest has loaded more."""
+    code = "import json; from tests import tiny; print(json.dumps(tiny.convert_sentencepieces()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def convert_sentencepieces() -> dict[str, str]:
+    """For `prompting`: a sentencepiece model of every family, trained on LETTERED, as tokenizer.json."""
+    from kit.vendor.tokenizer import convert
+
+    found = {}
+    with TemporaryDirectory() as folder:
+        for family, (_, file, _) in SENTENCEPIECE.items():
+            sentencepiece_model(Path(folder) / family / file, family, sentence_iterator=iter(LETTERED))
+            found[family] = convert(Path(folder) / family, model_type=family).tokenizer.to_str()
+    return found
+
+
+def _converted(family: str) -> Tokenizer:
+    made = Tokenizer.from_str(_sentencepieces()[family.removesuffix("_first")])
+    if family == "llama_first":
+        made.normalizer = None
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return made
+
+
+def _byte_level(special: Sequence[str], pattern: str | None = None) -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    if pattern:
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(LETTERED, trainers.BpeTrainer(vocab_size=700, special_tokens=[], initial_alphabet=alphabet, show_progress=False))
+    made.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    return made
+
+
+def _gpt2(folder: Path) -> Tokenizer:
+    made = _byte_level(["<|endoftext|>"])
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    return made
+
+
+def _llama3(folder: Path) -> Tokenizer:
+    made = _byte_level(["<|begin_of_text|>", "<|end_of_text|>"], _LLAMA3)
+    bos = made.token_to_id("<|begin_of_text|>")
+    template = processors.TemplateProcessing(single="<|begin_of_text|> $A", pair="$A $B", special_tokens=[("<|begin_of_text|>", bos)])
+    made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    return made
+
+
+def _wordpiece(folder: Path) -> Tokenizer:
+    train_wordpiece(LETTERED, folder, vocab_size=500)
+    return Tokenizer.from_file(str(folder / FILE))
+
+
+def _roberta(folder: Path) -> Tokenizer:
+    made = _byte_level(["<s>", "<pad>", "</s>"])
+    ends = (("</s>", made.token_to_id("</s>")), ("<s>", made.token_to_id("<s>")))
+    made.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
+    return made
+
+
+_WRITTEN: dict[str, Callable[[Path], Tokenizer]] = {"wordpiece": _wordpiece, "roberta": _roberta, "gpt2": _gpt2, "llama3": _llama3}

@@ -5,7 +5,7 @@ A task is a frozen dataclass of values. Letters: N examples, B batch, C options,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -24,7 +24,9 @@ Encoding = dict[str, np.ndarray]
 Metric = Callable[[np.ndarray, Sequence[Any]], float]
 
 TASKS = {
+    "causal_lm": "kit.tasks.causal_lm:CausalLM",
     "multiple_choice": "kit.tasks.multiple_choice:MultipleChoice",
+    "multiple_choice_prompt": "kit.tasks.prompted:Prompted",
 }
 
 
@@ -66,21 +68,67 @@ class Tokens(Protocol):
         ...
 
 
+class PromptTokens(Tokens, Protocol):
+    """Tokens for models that go on from a text. Texts may hold special tokens as `chat` marks them; what `plain` gives holds none."""
+
+    @property
+    def limit(self) -> int:
+        """The longest sequence the model has positions for."""
+        ...
+
+    def prompt(self, text: str, cut: tuple[int, int], *, max_length: int) -> Encoding:
+        """A text to go on from: behind what stands before every text (BOS), unless it came from `chat`, and with nothing at its end.
+
+        cut: characters (start, stop) whose tokens go, from the end, until the rest fits `max_length`; beyond that the beginning of the text goes.
+        """
+        ...
+
+    def branch(self, text: str, *, end: bool = False) -> Encoding:
+        """The tokens of a text that goes on from another. end: with the token that ends a text, if there is one."""
+        ...
+
+    def join(self, groups: Sequence[Sequence[Encoding]]) -> Batch:
+        """A batch of trees: input_ids, position_ids and branch (B, T) int64 of B groups (trunk, branch 1, …), each in a row, padded on the right.
+
+        branch: 0 in the trunk, k in branch k, -1 where padded. Positions of a branch go on from the trunk's end.
+        """
+        ...
+
+    def letter_ids(self, letters: Sequence[str], after: str) -> list[int]:
+        """The ids by which a text `after` goes on to each letter or word. Raises ConfigError where one is no single token, or two are the same."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The model's chat template filled in, up to where its answer begins: role and content of each message. Raises ConfigError if there is none."""
+        ...
+
+    def plain(self, text: str) -> str:
+        """A text from outside, made free of whatever `chat` marks special tokens with."""
+        ...
+
+
 @dataclass(frozen=True)
 class Feature:
     """The model-ready unit of one example (an example may have several: stride windows).
 
     row: index of the example. encodings: the sequences that go through the model together. target: what the loss compares with.
+    joined: the encodings are a trunk and its branches, one sequence for the model (kit.models.prefix).
     """
 
     row: int
     encodings: tuple[Encoding, ...]
     target: Any = None
+    joined: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens of all its sequences, unpadded."""
         return sum(len(encoding["input_ids"]) for encoding in self.encodings)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of a batch that it fills, and the longest of them."""
+        return (1, self.tokens) if self.joined else (len(self.encodings), max(len(encoding["input_ids"]) for encoding in self.encodings))
 
 
 class Fault(NamedTuple):
@@ -98,14 +146,32 @@ class View(NamedTuple):
     more: bool
 
 
-class Task(Protocol):
-    """needs: what a model must give: "row" (R, outputs), "token" (R, T, outputs), "next_token" (R, V) or "all_tokens" (R, T, V)."""
+def suffices(gives: str, needs: str) -> bool:
+    """Whether a model of the one word does for a task of the other: who says what follows any text says what follows a question."""
+    return gives == needs or (gives, needs) == ("next_token", "answer_token")
 
-    needs: str
+
+class Task(Protocol):
+    """needs: what a model must give, see `suffices`: of padded sequences (Tokens.pad) "row" (R, outputs) or "token" (R, T, outputs); of batches of trees
+    (PromptTokens.join) with at (M,), places row * T + column, "place" (M, outputs), what its head reads there, or "answer_token" or "next_token" (M,),
+    with token (M,): log p(token | the text up to and with that place). "answer_token" is asked for at the last place of a trunk and in branches only.
+    """
+
+    @property
+    def needs(self) -> str:
+        """One of these words."""
+        ...
 
     @property
     def outputs(self) -> int:
-        """Numbers the model's head gives per row or token."""
+        """Numbers the model's head gives per row, token or place."""
+        ...
+
+    @property
+    def submits(self) -> bool:
+        """Whether predictions are handed in. If not, the task makes a model for others to start from: examples have no context, and check, parse and
+        rows raise ConfigError.
+        """
         ...
 
     @property

@@ -2,11 +2,13 @@
 
 Knows questions, features, loss, decoding and the submission's rows. Does not know which model scores them, files or folds.
 Imports torch only to collate, so that a process which scores nothing need not load it.
-The pair form is that of SWAG/RACE fine-tuning (Devlin et al. 2019); label smoothing after Szegedy et al. 2016.
+The pair form is that of SWAG/RACE fine-tuning (Devlin et al. 2019); label smoothing after Szegedy et al. 2016, distillation after
+Hinton et al. 2015.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,13 +35,17 @@ _BLANK = -1e4  # score of a blank option: below any real one, and finite in fp16
 
 @dataclass(frozen=True)
 class Question:
-    """One question. id: as in the table. answer: index of the right option, None in a test set. An option may be blank."""
+    """One question. id: as in the table. answer: index of the right option, None in a test set. An option may be blank.
+
+    soft: what a teacher says of the options, probabilities (C,), where there is one.
+    """
 
     id: str
     prompt: str
     options: tuple[str, ...]
     answer: int | None = None
     context: str = ""
+    soft: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,22 @@ class MultipleChoice:
     label_smoothing: float = 0.0
     top: int = 3
     """Letters in a prediction."""
+    distill: float = 0.0
+    """Share of the loss that compares with the teacher (data.teacher) instead of the answer."""
+    temperature: float = 1.0
+    """By which the scores of teacher and student are divided before they are compared; a higher one tells more of the wrong options."""
 
     needs = "row"
     outputs = 1
+    submits = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"task.label_smoothing = {self.label_smoothing}: give a number from 0 to below 1")
         if self.max_length < _LEAST_TOKENS or self.top < 1:
             raise ConfigError(f"task.max_length = {self.max_length}, task.top = {self.top}: give at least {_LEAST_TOKENS} tokens and 1 letter")
+        if not (0 <= self.distill <= 1 and 0 < self.temperature < math.inf):
+            raise ConfigError(f"task.distill = {self.distill}, task.temperature = {self.temperature}: give a share from 0 to 1 and a temperature above 0")
 
     @property
     def metrics(self) -> dict[str, Callable[..., float]]:
@@ -113,34 +126,46 @@ class MultipleChoice:
                     tokens.encode(question.context, f"{question.prompt} {option}".strip(), max_length=self.max_length)[0]
                     for option in question.options
                 ),
-                (question.answer, tuple(not option.strip() for option in question.options)),
+                label(question),
             )
             for row, question in enumerate(examples)
         ]
 
     def collate(self, features: Sequence[Feature], tokens: Tokens) -> Batch:
-        """(B*C, T) sequences; blank (B, C) bool; target (B,) int64 when every feature has an answer."""
-        import torch
-
-        batch = tokens.pad([encoding for feature in features for encoding in feature.encodings])
-        batch["blank"] = torch.tensor([feature.target[1] for feature in features])
-        if all(feature.target[0] is not None for feature in features):
-            batch["target"] = torch.tensor([feature.target[0] for feature in features])
-        return batch
+        """(B*C, T) sequences, and what `labels` gives."""
+        return tokens.pad([encoding for feature in features for encoding in feature.encodings]) | labels(features)
 
     def scores(self, output: Tensor, batch: Batch) -> Tensor:
         """(B*C, 1) → (B, C); a blank option scores below every real one."""
         return output.view(batch["blank"].shape).masked_fill(batch["blank"], _BLANK)
 
     def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy over the options, the smoothed share spread over the options that are not blank."""
+        """Cross-entropy with the answers; for questions that a teacher has seen the share `distill` of it is cross-entropy with what the teacher says."""
+        hard = self._hard_loss(scores, batch)
+        if not self.distill or "soft" not in batch:
+            return hard.mean()
+        taught = ~batch["soft"].isnan().any(1)
+        share = self.distill * taught.to(hard.dtype)  # (B,)
+        return ((1 - share) * hard + share * self._soft_loss(scores, batch)).mean()
+
+    def _hard_loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy with the answers (B,), the smoothed share spread over the options that are not blank."""
         log_p = scores.log_softmax(-1)
-        right = -log_p.gather(1, batch["target"][:, None]).squeeze(1)  # (B,)
+        right = -log_p.gather(1, batch["target"][:, None]).squeeze(1)
         if not self.label_smoothing:
-            return right.mean()
+            return right
         real = (~batch["blank"]).to(log_p.dtype)
         even = -(log_p * real).sum(1) / real.sum(1)
-        return ((1 - self.label_smoothing) * right + self.label_smoothing * even).mean()
+        return (1 - self.label_smoothing) * right + self.label_smoothing * even
+
+    def _soft_loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy (B,) with the teacher's probabilities over the real options, both at `temperature`.
+
+        Times its square, so that a temperature does not make gradients smaller. 0 for a question without a teacher.
+        """
+        logs = batch["soft"].to(scores.dtype).log() / self.temperature
+        soft = logs.masked_fill(batch["blank"], -math.inf).softmax(-1).nan_to_num(0.0)
+        return -(soft * (scores / self.temperature).log_softmax(-1)).sum(-1) * self.temperature**2
 
     def decode(self, scores: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Question]) -> np.ndarray:
         """Per-feature scores (C,) → probabilities (N, C) float32; a row that nobody scored is NaN."""
@@ -238,6 +263,29 @@ class MultipleChoice:
         return np.array([numbers(question) for question in examples], np.float32).reshape(len(examples), self.width(examples))
 
 
+Label = tuple[int | None, tuple[bool, ...], tuple[float, ...] | None]
+"""What a feature's loss compares with: the answer, which options are blank, what a teacher says."""
+
+
+def label(question: Question) -> Label:
+    """The target of a question's feature."""
+    return question.answer, tuple(not option.strip() for option in question.options), question.soft
+
+
+def labels(features: Sequence[Feature]) -> Batch:
+    """blank (B, C) bool; target (B,) int64 when every feature has an answer; soft (B, C) float32 when any has a teacher, NaN in rows of the others."""
+    import torch
+
+    answers, blank, soft = zip(*(feature.target for feature in features), strict=True)
+    batch = {"blank": torch.tensor(blank)}
+    if None not in answers:
+        batch["target"] = torch.tensor(answers)
+    if any(soft):
+        unknown = (math.nan,) * len(blank[0])
+        batch["soft"] = torch.tensor([one or unknown for one in soft])
+    return batch
+
+
 def word_shares(options: Sequence[str], passage: str) -> list[float]:
     """Share of each option's different words that the passage has, in any case; 0 for a blank option, NaN where the passage is blank."""
     if not passage.strip():
@@ -300,4 +348,5 @@ def _objection(letters: list[str], known: list[str], top: int) -> str:
 
 def _reorder(question: Question, order: np.ndarray) -> Question:
     answer = None if question.answer is None else int(np.flatnonzero(order == question.answer)[0])
-    return replace(question, options=tuple(question.options[i] for i in order), answer=answer)
+    soft = None if question.soft is None else tuple(question.soft[i] for i in order)
+    return replace(question, options=tuple(question.options[i] for i in order), answer=answer, soft=soft)

@@ -104,6 +104,10 @@ def test_read_refuses_and_says_where(changes: dict[str, Any], message: str) -> N
         ({"label_smoothing": float("nan")}, r"task\.label_smoothing"),
         ({"max_length": 7}, r"task\.max_length = 7"),
         ({"top": 0}, r"task\.top = 0"),
+        ({"distill": 1.1}, r"task\.distill = 1.1, task\.temperature = 1.0: give a share from 0 to 1 and a temperature above 0"),
+        ({"distill": float("nan")}, r"task\.distill = nan"),
+        ({"temperature": 0.0}, r"task\.temperature = 0.0"),
+        ({"temperature": float("inf")}, r"task\.temperature = inf"),
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -132,6 +136,14 @@ def test_shuffling_moves_the_label_with_its_option(options: list[str], data: st.
         assert shuffled.answer is None
     else:
         assert shuffled.answer is not None and shuffled.options[shuffled.answer] == numbered[question.answer]
+
+
+def test_shuffling_moves_what_the_teacher_says_with_its_option() -> None:
+    said = dict(zip("abcde", (0.1, 0.2, 0.3, 0.4, 0.0), strict=True))
+    examples = [Question(str(row), "p", tuple(said), 2, soft=tuple(said.values())) for row in range(20)]
+    shuffled = TASK.augment(examples, np.random.default_rng(0))
+    assert len({question.options for question in shuffled}) > 10
+    assert all(question.soft == tuple(said[option] for option in question.options) for question in shuffled)
 
 
 def test_every_question_gets_an_order_of_its_own_and_every_epoch_another() -> None:
@@ -231,6 +243,79 @@ def test_a_blank_option_changes_neither_loss_nor_gradient(smoothing: float) -> N
     torch.testing.assert_close(loss, two)
     loss.backward()
     assert output.grad is not None and output.grad[0, 2] == 0 and torch.isfinite(output.grad).all()
+
+
+# a teacher
+
+
+def taught(*soft: tuple[float, ...] | None, options: int = 3) -> list[Question]:
+    return [Question(str(row), "p", tuple("abcde"[:options]), row % options, soft=one) for row, one in enumerate(soft)]
+
+
+def loss_and_gradient(task: MultipleChoice, examples: list[Question], scores: torch.Tensor, tokens: HFTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    output = scores.clone().requires_grad_()
+    batch = task.collate(task.encode(examples, tokens), tokens)
+    loss = task.loss(task.scores(output.view(-1, 1), batch), batch)
+    loss.backward()
+    assert output.grad is not None
+    return loss.detach(), output.grad
+
+
+SCORES = torch.tensor([[1.0, 2.0, 0.5], [-1.0, 0.0, 3.0]])
+SOFT = ((0.2, 0.7, 0.1), (0.0, 0.5, 0.5))
+
+
+def test_with_distill_1_the_gradient_is_that_of_cross_entropy_with_the_teacher(tokens: HFTokens) -> None:
+    """By hand: softmax(scores) - soft, the mean over questions."""
+    loss, gradient = loss_and_gradient(MultipleChoice(distill=1.0, label_smoothing=0.3), taught(*SOFT), SCORES, tokens)
+    odds = np.exp(SCORES.double().numpy())
+    p = odds / odds.sum(1, keepdims=True)
+    np.testing.assert_allclose(gradient.numpy(), (p - np.array(SOFT)) / 2, atol=1e-6)
+    assert float(loss) == pytest.approx(-(np.array(SOFT) * np.log(p)).sum(1).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 8.0])
+def test_a_temperature_softens_teacher_and_student_and_keeps_the_size_of_gradients(tokens: HFTokens, temperature: float) -> None:
+    """By hand: T² · (softmax(scores / T) - softmax(log soft / T)) / T."""
+    _, gradient = loss_and_gradient(MultipleChoice(distill=1.0, temperature=temperature), taught(*SOFT), SCORES, tokens)
+    student = F.softmax(SCORES / temperature, -1).numpy()
+    teacher = np.array(SOFT) ** (1 / temperature)
+    teacher /= teacher.sum(1, keepdims=True)
+    np.testing.assert_allclose(gradient.numpy(), temperature * (student - teacher) / 2, atol=1e-6)
+
+
+def test_the_share_mixes_the_two_losses(tokens: HFTokens) -> None:
+    parts = [loss_and_gradient(MultipleChoice(distill=share, temperature=2.0), taught(*SOFT), SCORES, tokens) for share in (0.0, 1.0, 0.3)]
+    for hard, soft, mixed in zip(*parts, strict=True):
+        assert (hard - soft).abs().max() > 0.01
+        torch.testing.assert_close(mixed, 0.7 * hard + 0.3 * soft)
+
+
+def test_questions_without_a_teacher_have_their_answer_alone(tokens: HFTokens) -> None:
+    task, nobody = MultipleChoice(distill=0.6), taught(None, None)
+    batch = task.collate(task.encode(taught(SOFT[0], None), tokens), tokens)
+    assert batch["soft"].dtype == torch.float32 and batch["soft"][1].isnan().all()
+    torch.testing.assert_close(batch["soft"][0], torch.tensor(SOFT[0]))
+    _, gradient = loss_and_gradient(task, taught(SOFT[0], None), SCORES, tokens)
+    _, hard = loss_and_gradient(MultipleChoice(), nobody, SCORES, tokens)
+    torch.testing.assert_close(gradient[1], hard[1])
+    assert (gradient[0] - hard[0]).abs().max() > 0.01
+    assert "soft" not in task.collate(task.encode(nobody, tokens), tokens)
+    torch.testing.assert_close(loss_and_gradient(task, nobody, SCORES, tokens)[1], hard)
+
+
+def test_what_a_teacher_gives_a_blank_option_is_shared_by_the_others(tokens: HFTokens) -> None:
+    examples = [replace(taught((0.2, 0.2, 0.6))[0], options=("a", "b", " "))]
+    loss, gradient = loss_and_gradient(MultipleChoice(distill=1.0), examples, SCORES[:1], tokens)
+    two = F.softmax(SCORES[0, :2], -1)
+    torch.testing.assert_close(gradient[0], torch.tensor([float(two[0]) - 0.5, float(two[1]) - 0.5, 0.0]))
+    assert float(loss) == pytest.approx(-float(two.log().mean()), rel=1e-5)
+
+
+def test_a_sure_teacher_is_the_answer(tokens: HFTokens) -> None:
+    sure = taught((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+    for soft, hard in zip(loss_and_gradient(MultipleChoice(distill=1.0), sure, SCORES, tokens), loss_and_gradient(TASK, sure, SCORES, tokens), strict=True):
+        torch.testing.assert_close(soft, hard)
 
 
 # decoding and rows
