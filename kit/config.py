@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kit.errors import ConfigError, nearest
 
+_LATER: dict[str, dict[str, Any]] = {"data": {"teacher": None}, "train": {"optimizer": "adamw"}}
+"""Settings that came after runs had been named, with the values that say what was done before them: these leave a run its name."""
+
 Schedule = Literal["linear", "cosine", "constant", "step", "exponential", "polynomial"]
 
 
@@ -50,6 +53,8 @@ class DataPart(_Part):
     group: str | None = None
     """Column whose equal values stay in one fold (fold_by = "grouped")."""
     fold_seed: int = 0
+    teacher: str | None = None
+    """A run on the same rows and folds (run:NAME, bundle:NAME or a folder), whose probabilities task.distill mixes into the loss."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -81,7 +86,8 @@ class RetrievePart(_Part):
 class TrainPart(_Part):
     """Optimisation. `batch_size` examples × `accumulate` micro-batches × processes make one step."""
 
-    epochs: int = Field(3, ge=1)
+    epochs: int = Field(3, ge=0)
+    """0: the model is scored as it is: one fit, `full`, that says something of every row."""
     batch_size: int = Field(4, ge=1)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(2e-5, gt=0)
@@ -94,6 +100,8 @@ class TrainPart(_Part):
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of all steps in which the rate climbs from 0."""
     clip: float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """The 8-bit one (bitsandbytes) keeps a quarter of the state, and pages it to the CPU's memory where the GPU's runs out."""
     fgm: float = Field(0.0, ge=0)
     """Length of the FGM perturbation of the input embeddings (0: no adversarial pass)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -173,6 +181,8 @@ class Recipe(_Part):
     def digest(self) -> str:
         """8 hex digits of the settings that change what is trained; the data themselves are hashed by the run."""
         body = self.model_dump(mode="json", exclude={"name": True, "infer": True, "data": {"folder", "test"}, "train": {"tracker"}})
+        for part, usual in _LATER.items():
+            body[part] = {name: value for name, value in body[part].items() if name not in usual or value != usual[name]}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:8]
 
     def to_toml(self) -> str:

@@ -1,8 +1,9 @@
 """Folds → fits → out-of-fold predictions, in one run folder that a second call continues. Knows no name of a task or a model.
 
-artifacts/runs/<recipe>-<hash8>/: recipe.toml, inputs.json, folds.npy, oof.parquet, metrics.json, curves.png, and one folder per fit
-(fold0 …, fold0-seed1 … with several seeds, full) holding its model and tokens, valid.npy, valid-<view>.npy, history.json and metrics.json (written last:
-the fit is done). oof.parquet: id, fold, t0 …, p0 …, p0@<view> … where a view differs, and the task's hints, overlap0 ….
+artifacts/runs/<recipe>-<hash8>/: recipe.toml, inputs.json, folds.npy, oof.parquet, metrics.json, curves.png, soft/ (what a teacher says of the
+rows of each fit), and one folder per fit (fold0 …, fold0-seed1 … with several seeds, full) holding its model and tokens, valid.npy,
+valid-<view>.npy, history.json and metrics.json (written last: the fit is done). oof.parquet: id, fold, t0 …, p0 …, p0@<view> … where a view
+differs, and the task's hints, overlap0 ….
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from kit.data.tables import read_table
 from kit.errors import ConfigError, DependencyError
 from kit.metrics import bootstrap
 from kit.tasks import Task, Tokens
+from kit.training.distill import Teacher, taught
 from kit.training.loop import fit, predict_together
 from kit.training.track import JSONLines
 
@@ -69,21 +71,30 @@ def train(
     Raises ConfigError, DataError, BundleError.
     """
     if debug:
-        recipe = recipe.with_overrides([f'name="{recipe.name}-debug"', "train.epochs=1", "data.folds=2"])
+        recipe = recipe.with_overrides([f'name="{recipe.name}-debug"', f"train.epochs={min(1, recipe.train.epochs)}", "data.folds=2"])
     assemble.check(recipe)
     chosen = _chosen_folds(recipe, folds)
     accelerator = _accelerator(recipe)
     task = assemble.make_task(recipe)
+    teacher = Teacher.find(recipe, task, artifacts)
     with accelerator.main_process_first():
-        examples = read_examples(recipe, task, artifacts, rows=_DEBUG_ROWS if debug else None)
-        source = _backbone(recipe, examples, artifacts)
-        folder = artifacts / "runs" / f"{recipe.name}-{assemble.digest([recipe.digest, examples.digest, _weights_digest(source)])}"
+        rows = _DEBUG_ROWS if debug else None
+        examples = read_examples(recipe, task, artifacts, rows=rows)
         numbers = _folds(recipe, task, examples)
+        lesson = None
+        if teacher:
+            if not debug:  # a few rows have folds of their own
+                teacher.check(examples.own, numbers, task)
+            read = read_examples(teacher.recipe, assemble.make_task(teacher.recipe), artifacts, rows=rows)
+            lesson = _Lesson(teacher, read)
+        source = _backbone(recipe, examples, artifacts)
+        parts = [recipe.digest, examples.digest, _weights_digest(source), *([teacher.digest] if teacher else [])]
+        folder = artifacts / "runs" / f"{recipe.name}-{assemble.digest(parts)}"
         if accelerator.is_main_process:
             _write_run(folder, recipe, examples, numbers)
     _start_trackers(accelerator, recipe, folder)
-    trainer = _Trainer(recipe, task, examples, source, folder, numbers, accelerator)
-    if full:
+    trainer = _Trainer(recipe, task, examples, source, folder, numbers, accelerator, lesson)
+    if full or not recipe.train.epochs:
         trainer.fit(FULL, None, recipe.train.seeds[0])
     else:
         for fold in chosen:
@@ -93,6 +104,13 @@ def train(
         metrics = summarise(folder, recipe, task, examples.own, numbers, write=accelerator.is_main_process)
     accelerator.end_training()  # last: it takes the process group down
     return Run(folder, metrics)
+
+
+class _Lesson(NamedTuple):
+    """A teacher, and the examples as it reads them."""
+
+    teacher: Teacher
+    examples: Examples
 
 
 def read_examples(recipe: Recipe, task: Task, artifacts: Path, *, rows: int | None = None) -> Examples:
@@ -131,14 +149,22 @@ def fit_name(recipe: Recipe, fold: int, seed: int) -> str:
     return f"fold{fold}" if len(recipe.train.seeds) == 1 else f"fold{fold}-seed{seed}"
 
 
+def fits_of(recipe: Recipe, folds: Iterable[int]) -> list[str]:
+    """The fits that have not seen these folds: those of every seed, or the one of a recipe that trains nothing."""
+    return [fit_name(recipe, fold, seed) for fold in folds for seed in recipe.train.seeds] if recipe.train.epochs else [FULL]
+
+
 def summarise(folder: Path, recipe: Recipe, task: Task, own: Sequence[Any], numbers: np.ndarray, *, write: bool) -> dict[str, Any]:
     """Metrics per fit and, when every fold is there, of the OOF predictions (mean over seeds), with bootstrap standard errors."""
-    names = [[fit_name(recipe, fold, seed) for seed in recipe.train.seeds] for fold in range(recipe.data.folds)]
+    names = [fits_of(recipe, [fold]) for fold in range(recipe.data.folds)]
+    folds_of = numbers
+    if not recipe.train.epochs:  # one fit for the rows of all folds
+        names, numbers = names[:1], np.zeros_like(numbers)
     done = {path.parent.name for path in folder.glob("*/metrics.json")}
     targets = task.targets(own)
     fitted = {name: targets[numbers == number] for number, fold in enumerate(names) for name in fold if name in done}
     folds = {name: _estimates(task, np.load(folder / name / _valid()), held) for name, held in fitted.items()}
-    metrics: dict[str, Any] = {"folds": {**folds, **({FULL: {}} if FULL in done else {})}}
+    metrics: dict[str, Any] = {"folds": {**({FULL: {}} if FULL in done else {}), **folds}}
     if len(fitted) == sum(map(len, names)):
         oof = _out_of_fold(folder, names, numbers)
         views = _views(folder, names, numbers, task, oof)
@@ -146,7 +172,7 @@ def summarise(folder: Path, recipe: Recipe, task: Task, own: Sequence[Any], numb
         if views:
             metrics["views"] = {view: _estimates(task, prediction, targets) for view, prediction in views.items()}
         if write:
-            write_oof(folder / "oof.parquet", own, numbers, targets, oof, views=views, hints=task.hints(own))
+            write_oof(folder / "oof.parquet", own, folds_of, targets, oof, views=views, hints=task.hints(own))
     if write:
         manifest.write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
@@ -212,21 +238,29 @@ class _Trainer:
     folder: Path
     numbers: np.ndarray
     accelerator: Accelerator
+    lesson: _Lesson | None
 
     def fit(self, name: str, fold: int | None, seed: int) -> None:
-        """One fit, unless it is done: on the other folds and the extra examples, or (fold None) on everything."""
+        """One fit, unless it is done: on the other folds and the extra examples, or (fold None) on everything.
+
+        One that trains nothing is validated on everything.
+        """
         folder = self.folder / name
         if (folder / "metrics.json").is_file():
             return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state").mkdir(exist_ok=True)
-        inside = np.full(len(self.numbers), False) if fold is None else self.numbers == fold
-        own = self.examples.own
-        training = [own[row] for row in np.flatnonzero(~inside)] + self.examples.extra
-        valid = [own[row] for row in np.flatnonzero(inside)]
+        inside = np.full(len(self.numbers), not self.recipe.train.epochs) if fold is None else self.numbers == fold
+        training = _learnt(self.examples, inside)
+        if self.lesson:
+            training = taught(training, self._said(self.lesson, fold, inside))
+        valid = [self.examples.own[row] for row in np.flatnonzero(inside)]
         runtime.seed_everything(seed)
         model = assemble.create_model(self.recipe, self.task, self.source)
-        model.reinit_layers(self.recipe.train.reinit_layers)
+        if self.recipe.train.epochs:
+            model.reinit_layers(self.recipe.train.reinit_layers)
+        elif not model.gives.endswith("_token"):
+            raise ConfigError(f"train.epochs = 0, but model {self.recipe.model.kind!r} begins with a random head: train it, or take one that gives the chances of words")
         chosen = runtime.choose(self.recipe.train.precision, str(self.accelerator.device))
         tokens = assemble.load_tokens(self.recipe, self.source)
         begun = time.monotonic()
@@ -244,6 +278,23 @@ class _Trainer:
             manifest.write_atomically(folder / "metrics.json", json.dumps(result.metrics))
             shutil.rmtree(folder / "state")  # not before the fit counts as done: a kill in between must not cost it
 
+    def _said(self, lesson: _Lesson, fold: int | None, inside: np.ndarray) -> np.ndarray:
+        """What the teacher's fits of this fold (of all, for a fit on everything) say of the rows a fit is trained on (Nt, C); kept for the next seed."""
+        path = self.folder / "soft" / f"{FULL if fold is None else f'fold{fold}'}.npy"
+        self.accelerator.wait_for_everyone()
+        if path.is_file():
+            return np.load(path)
+        recipe = lesson.teacher.recipe
+        fits = fits_of(recipe, range(recipe.data.folds) if fold is None else [fold])
+        said = lesson.teacher.says(fits, _learnt(lesson.examples, inside), self.accelerator, label=path.stem)
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(".part.npy")
+            np.save(part, said)
+            part.replace(path)
+        self.accelerator.wait_for_everyone()
+        return said
+
     def _predict(self, model: Any, task: Task, valid: Sequence[Any], tokens: Tokens, label: str) -> np.ndarray:
         """What the fitted model says of the validation rows (Nv, C) when `task` encodes them."""
         return predict_together(
@@ -251,6 +302,11 @@ class _Trainer:
             runtime=runtime.choose(self.recipe.train.precision, str(self.accelerator.device)), accelerator=self.accelerator,
             batch_tokens=self.recipe.infer.batch_tokens, label=label,
         )  # fmt: skip
+
+
+def _learnt(examples: Examples, inside: np.ndarray) -> list[Any]:
+    """What a fit is trained on: the own examples that are not inside (N,) its validation part, and the extra ones."""
+    return [examples.own[row] for row in np.flatnonzero(~inside)] + examples.extra
 
 
 def _folds(recipe: Recipe, task: Task, examples: Examples) -> np.ndarray:

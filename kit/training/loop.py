@@ -22,7 +22,8 @@ from tqdm import tqdm
 from kit.config import TrainPart
 from kit.errors import BundleError, KitError
 from kit.manifest import write_atomically
-from kit.models.checkpoint import load_weights, save_weights
+from kit.models.adapters import make_optimizer
+from kit.models.checkpoint import load_trained, restore_trained, save_trained, trained
 from kit.predict import predict
 from kit.runtime import Runtime, seed_everything
 from kit.tasks import Feature, Task, Tokens
@@ -77,8 +78,8 @@ def fit(
 ) -> Fit:
     """Train on `train`, choose the epoch on `valid` (the last where there is none), and save the model into `folder`.
 
-    Resumes from the last finished epoch when `folder` holds an interrupted fit; what that takes stays in `folder`/state until the caller
-    has stored the result.
+    With 0 epochs the model stays as it is. Resumes from the last finished epoch when `folder` holds an interrupted fit; what that takes
+    stays in `folder`/state until the caller has stored the result.
     """
     return _Fitting(model, task, tokens, train, valid, settings, runtime, accelerator, Path(folder), seed, batch_tokens, label).run()
 
@@ -99,6 +100,9 @@ class _Fitting:
     label: str
 
     def run(self) -> Fit:
+        if not self.settings.epochs:
+            self.model.to(self.runtime.device)
+            return self._finish(History())
         self._prepare()
         state = self._resume()
         while state.epoch < self.settings.epochs and not self._has_lost_patience(state):
@@ -113,7 +117,9 @@ class _Fitting:
             state.epoch = epoch + 1
             self._keep_if_best(state, metrics)
             self._save_state(state)
-        return self._finish(state)
+        self.accelerator.wait_for_everyone()
+        load_trained(self.model, self.folder / "state" / "best")
+        return self._finish(state.history)
 
     def _prepare(self) -> None:
         seed_everything(self.seed)
@@ -121,9 +127,10 @@ class _Fitting:
         if self.settings.gradient_checkpointing:
             self.model.checkpoint_activations()
         self.model.to(self.runtime.device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.settings), fused=True)
+        self.optimizer = make_optimizer(parameter_groups(self.model, self.settings), self.settings.optimizer)
         per_step = self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
-        total = -(-len(self.train) // per_step) * self.settings.epochs
+        features = len(self.task.encode(self.train, self.tokens))  # an example may have several
+        total = -(-features // per_step) * self.settings.epochs
         self.schedule = make_schedule(self.optimizer, self.settings, total)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.wrapped = self.accelerator.prepare_model(self.model)
@@ -199,17 +206,17 @@ class _Fitting:
         if state.best_epoch < 0 or value > state.best:
             state.best, state.best_epoch = value, state.epoch - 1
             if self.accelerator.is_main_process:
-                save_weights(self.model, self.folder / "state" / "best")
+                save_trained(self.model, self.folder / "state" / "best")
 
     def _has_lost_patience(self, state: _State) -> bool:
         return 0 < self.settings.patience < state.epoch - state.best_epoch
 
     def _save_state(self, state: _State) -> None:
-        """After an epoch: weights and optimizer in one file, replaced atomically."""
+        """After an epoch: what training changed and the optimizer in one file, replaced atomically. Frozen weights are created, not kept."""
         if self.accelerator.is_main_process:
             path = self.folder / "state" / "last.pt"
             part = path.with_suffix(".part")
-            values = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+            values = {"model": trained(self.model), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
             torch.save(values | {"scaler": self.scaler.state_dict(), "state": json.dumps(asdict(state))}, part)
             part.replace(path)
         self.accelerator.wait_for_everyone()
@@ -221,27 +228,26 @@ class _Fitting:
         try:
             values = torch.load(path, map_location=self.runtime.device, weights_only=True)
             saved = json.loads(values["state"])
-            self.model.load_state_dict(values["model"])
+            restore_trained(self.model, values["model"])
         except Exception as error:  # torch and pickle raise unrelated types for a damaged file, some without a text
-            raise BundleError(f"{path}: the interrupted fit cannot be read ({type(error).__name__}): delete {path.parent} to begin this fold again") from None
+            why = str(error) if isinstance(error, BundleError) else type(error).__name__
+            raise BundleError(f"{path}: the interrupted fit cannot be read ({why}): delete {path.parent} to begin this fold again") from None
         self.optimizer.load_state_dict(values["optimizer"])
         self.schedule.load_state_dict(values["schedule"])
         self.scaler.load_state_dict(values["scaler"])
         history = History([tuple(step) for step in saved["history"]["steps"]], saved["history"]["epochs"])
         return _State(saved["epoch"], saved["best"], saved["best_epoch"], history)
 
-    def _finish(self, state: _State) -> Fit:
-        """Go back to the kept epoch and save it as the fold's model."""
-        self.accelerator.wait_for_everyone()
-        load_weights(self.model, self.folder / "state" / "best")
+    def _finish(self, history: History) -> Fit:
+        """Save the model as the fold's, with what it says of the validation rows."""
         prediction = self._predict() if self.valid else np.empty((0, 0), np.float32)
         metrics = evaluate(self.task, prediction, self.valid) if self.valid else {}
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.model.save(self.folder)
-            write_atomically(self.folder / "history.json", json.dumps(asdict(state.history)))
+            write_atomically(self.folder / "history.json", json.dumps(asdict(history)))
         self.accelerator.wait_for_everyone()
-        return Fit(prediction, metrics, state.history)
+        return Fit(prediction, metrics, history)
 
     def _quiet(self) -> bool | None:
         return None if self.accelerator.is_main_process else True

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from kit import runtime
 from kit.errors import BundleError
@@ -219,6 +220,19 @@ def test_a_seed_gives_the_same_weights_bit_for_bit_and_another_one_does_not(trai
 
 
 @dataclass(frozen=True)
+class InHalves(MultipleChoice):
+    """Every question is two features, as windows of a long text would be."""
+
+    def encode(self, examples: Sequence[Question], tokens: Tokens) -> list[Feature]:
+        return [feature for feature in super().encode(examples, tokens) for _ in range(2)]
+
+
+def test_the_schedule_is_planned_for_features_not_for_examples(train_one: TrainOne) -> None:
+    rates = [rate for _, rate in train_one(tiny.questions(4), task=InHalves(max_length=48), epochs=2, batch_size=2, lr=1e-3).fit.history.steps]
+    assert rates == pytest.approx([1e-3 * (1 - step / 8) for step in range(8)])
+
+
+@dataclass(frozen=True)
 class Interrupted(MultipleChoice):
     """Stops like Ctrl-C where the options are shuffled (once per epoch) or the predictions decoded (once per epoch, once at the end)."""
 
@@ -237,6 +251,73 @@ class Interrupted(MultipleChoice):
         self.seen.append(verb)
         if verb == self.at[0] and self.seen.count(verb) == self.at[1]:
             raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("frozen", [{"freeze_layers": 1}, {"freeze_embeddings": True}], ids=str)
+@pytest.mark.parametrize("at", [("augment", 2), ("augment", 3), ("decode", 2), ("decode", 4)], ids=str)
+def test_a_resumed_fit_with_frozen_layers_ends_bit_for_bit_as_an_undisturbed_one(
+    train_one: TrainOne, dropping_backbone: Path, at: tuple[str, int], frozen: dict[str, object]
+) -> None:
+    questions = tiny.questions(12)
+    settings = {"source": dropping_backbone, "epochs": 3, "batch_size": 2, "lr": 3e-3, **frozen}
+    whole = train_one(questions[:8], questions[8:], name="whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_one(questions[:8], questions[8:], name="stopped", task=Interrupted(max_length=48, at=at), **settings)
+    resumed = train_one(questions[:8], questions[8:], name="stopped", **settings)
+    assert len(resumed.gradients) < len(whole.gradients)
+    assert largest_difference(whole.start, whole.weights) > 1e-3
+    assert largest_difference(whole.weights, resumed.weights) == 0.0
+    assert (whole.folder / "model.safetensors").read_bytes() == (resumed.folder / "model.safetensors").read_bytes()
+    assert np.array_equal(whole.fit.prediction, resumed.fit.prediction) and whole.fit.history == resumed.fit.history
+
+
+def dtypes(values: object) -> set[torch.dtype]:
+    """Of all tensors in nested dictionaries."""
+    if isinstance(values, dict):
+        return {dtype for value in values.values() for dtype in dtypes(value)}
+    return {values.dtype} if isinstance(values, torch.Tensor) else set()
+
+
+@pytest.mark.parametrize("at", [("augment", 3), ("decode", 2)], ids=str)
+def test_a_fit_with_moments_in_eight_bits_resumes_bit_for_bit_and_learns_as_with_the_usual_ones(train_one: TrainOne, at: tuple[str, int]) -> None:
+    """The word table is large enough that its moments are kept in 8 bits."""
+    questions, settings = tiny.questions(12), {"epochs": 3, "lr": 3e-3, "optimizer": "paged_adamw_8bit"}
+    whole = train_one(questions[:8], questions[8:], name="whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_one(questions[:8], questions[8:], name="stopped", task=Interrupted(max_length=48, at=at), **settings)
+    state = torch.load(whole.folder / "state" / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert torch.uint8 in dtypes(state)
+    resumed = train_one(questions[:8], questions[8:], name="stopped", **settings)
+    assert len(resumed.gradients) < len(whole.gradients)
+    assert largest_difference(whole.weights, resumed.weights) == 0.0
+    usual = train_one(questions[:8], questions[8:], name="usual", **settings | {"optimizer": "adamw"})
+    moved = largest_difference(meant(usual.start), meant(usual.weights))
+    assert 0 < largest_difference(meant(whole.weights), meant(usual.weights)) < 0.7 * moved
+    assert whole.losses == pytest.approx(usual.losses, rel=0.05)
+
+
+def test_frozen_weights_are_in_the_model_but_in_no_file_of_the_state(train_one: TrainOne) -> None:
+    """Neither in what a kill is survived by, nor in the best epoch's; so a large frozen base costs no disk."""
+    sizes = {}
+    for layers in (0, tiny.LAYERS):
+        trained = train_one(tiny.questions(4), tiny.questions(4), freeze_layers=layers, name=f"frozen{layers}")
+        frozen = {name for name, parameter in trained.model.named_parameters() if not parameter.requires_grad}
+        best = load_file(trained.folder / "state" / "best" / "model.safetensors")
+        last = torch.load(trained.folder / "state" / "last.pt", weights_only=True)["model"]
+        assert best.keys() == last.keys() and not frozen & best.keys() and bool(frozen) == bool(layers)
+        assert {name for name, parameter in trained.model.named_parameters() if parameter.requires_grad} <= best.keys()
+        saved = load_file(trained.folder / "model.safetensors")
+        assert saved.keys() == trained.weights.keys() and frozen <= saved.keys()
+        sizes[layers] = sum(path.stat().st_size for path in (trained.folder / "state").rglob("*") if path.is_file())
+    assert sizes[tiny.LAYERS] < 0.2 * sizes[0]
+
+
+def test_a_state_in_which_other_weights_learnt_is_refused(train_one: TrainOne, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train_one(tiny.questions(4), task=Interrupted(max_length=48, at=("augment", 2)), epochs=2, freeze_layers=1)
+    path = tmp_path / "fit" / "state" / "last.pt"
+    with pytest.raises(BundleError, match=rf"{path}: the interrupted fit cannot be read \(.*which is trained in the model\): delete {path.parent} to begin"):
+        train_one(tiny.questions(4), epochs=2)
 
 
 @pytest.mark.parametrize("at", [("augment", 1), ("augment", 2), ("augment", 3), ("decode", 1), ("decode", 2), ("decode", 4)], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from kit.config import TrainPart
 from kit.errors import ConfigError
+from kit.models.adapters import OPTIMIZERS, make_optimizer
 from kit.models.encoder import Encoder
 from kit.training.optim import SCHEDULES, freeze, make_schedule, parameter_groups
 from tests import tiny
@@ -124,6 +126,15 @@ def rates(schedule: str, steps: int, warmup: float, beyond: int = 0) -> list[flo
         scheduler.step()
         found.append(optimizer.param_groups[0]["lr"])
     return found
+
+
+def test_every_optimizer_of_the_recipe_is_made_and_no_other() -> None:
+    known = get_args(TrainPart.model_fields["optimizer"].annotation)
+    assert known == OPTIMIZERS
+    groups = [{"params": [nn.Parameter(torch.ones(4))], "lr": 0.5, "weight_decay": 0.25}]
+    for kind in known:
+        (made,) = make_optimizer(groups, kind).param_groups
+        assert (made["lr"], made["weight_decay"]) == (0.5, 0.25)
 
 
 SHAPES = {  # at half of the fall, and at its end
