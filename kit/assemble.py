@@ -26,9 +26,18 @@ from kit.paths import BUNDLES, model_folder
 from kit.retrieval import RETRIEVERS, Retriever
 from kit.retrieval.context import build_contexts
 from kit.retrieval.corpus import Corpus
-from kit.tasks import TASKS, Task, Tokens
+from kit.tasks import TASKS, Task, Tokens, suffices
 
+_UNTRAINED = ("zero_shot",)  # kinds of model that train.epochs = 0 is for, and nothing else
 SCRATCH = "scratch"  # model.source for a backbone with random weights
+_WAYS = {
+    "row": 'set model.pooling to another than "none", or model.kind = "encoder"; language models are for task.kind = "multiple_choice_prompt"',
+    "token": 'set model.kind = "encoder" and model.pooling = "none"',
+    "place": 'set model.kind = "causal" or "seq2seq" and model.head = "score", or another task.form',
+    "answer_token": 'set model.kind = "causal" or "seq2seq" and model.head = "words", or task.form = "score"',
+    "next_token": 'set model.kind = "causal" and model.head = "words"',
+}
+"""What gives what a task needs."""
 _BACKBONE_OPTIONS = ("source", "config", "vocab_size")  # settings of model.* that make the backbone; the others go to the model
 
 
@@ -47,10 +56,12 @@ def task_of_kind(kind: str) -> Task:
 
 def check(recipe: Recipe) -> None:
     """Everything that can be refused before time is spent: kinds, and their settings' names and types. Raises ConfigError."""
-    make_task(recipe)
+    task = make_task(recipe)
     kind = _entry(MODELS, recipe.model.kind, "model")
     invented = _keywords(kind.invent, but="seed")
     _check_options("model", recipe.model.options, {"source": str, **_keywords(kind.__init__, but="outputs"), **invented})
+    if recipe.model.kind in _UNTRAINED and recipe.train.epochs:
+        raise ConfigError(f"train.epochs = {recipe.train.epochs}, but model.kind = {recipe.model.kind!r} is never trained: set train.epochs = 0")
     source = recipe.model.options.get("source")
     if source is None:
         raise ConfigError('model.source is missing: give a model folder, package:NAME, or "scratch"')
@@ -59,6 +70,12 @@ def check(recipe: Recipe) -> None:
     for name in invented if source != SCRATCH else ():
         if name in recipe.model.options:
             raise ConfigError(f'model.source = "{source}" and model.{name} disagree: model.{name} is for source = "{SCRATCH}" only')
+    if recipe.model.options.get("adapter") is not None:
+        from kit.models.adapters import Adapter  # with torch, as the kind of model has it
+
+        Adapter.of(recipe.model.options["adapter"])
+    if recipe.retrieve and not task.submits:
+        raise ConfigError(f'task.kind = "{recipe.task.kind}" learns from its texts alone: leave [retrieve] out')
     if recipe.retrieve:
         _check_retriever("retrieve.retriever", recipe.retrieve.retriever.kind, recipe.retrieve.retriever.options)
 
@@ -82,9 +99,27 @@ def create_model(recipe: Recipe, task: Task, source: Path) -> Any:
     return _fitting(_entry(MODELS, recipe.model.kind, "model").create, recipe, task, source)
 
 
-def load_model(recipe: Recipe, task: Task, folder: Path) -> Any:
-    """A trained model from its folder."""
-    return _fitting(_entry(MODELS, recipe.model.kind, "model").load, recipe, task, folder)
+def load_model(recipe: Recipe, task: Task, folder: Path, *, base: Path | None = None) -> Any:
+    """A trained model from its folder; where it has no weights of its own, on those in `base`, by default what model.source names."""
+    load = _entry(MODELS, recipe.model.kind, "model").load
+    if on_base(recipe):
+        load = partial(load, base=base or model_folder(str(recipe.model.options["source"]), Path(recipe.data.folder)))
+    return _fitting(load, recipe, task, folder)
+
+
+def on_base(recipe: Recipe) -> bool:
+    """Whether a fit of the recipe holds no weights, or only an adapter's, and needs those that model.source names beside it."""
+    return recipe.model.kind in _UNTRAINED or bool(recipe.model.options.get("adapter"))
+
+
+def base_name(recipe: Recipe) -> str | None:
+    """Name of the bundle that packed fits of the recipe are scored on; None where they hold their own weights."""
+    return str(recipe.model.options["source"]).removeprefix("bundle:") if on_base(recipe) else None
+
+
+def may_stream(recipe: Recipe) -> bool:
+    """Whether scoring may turn out to go layer by layer, where the model is larger than memory."""
+    return recipe.model.kind in _UNTRAINED and recipe.model.options.get("streaming") != "never"
 
 
 def load_tokens(recipe: Recipe, folder: Path) -> Tokens:
@@ -165,9 +200,9 @@ def digest(values: Any) -> str:
 def _fitting(make: Any, recipe: Recipe, task: Task, folder: Path) -> Any:
     options = {name: value for name, value in recipe.model.options.items() if name not in _BACKBONE_OPTIONS}
     model = make(folder, outputs=task.outputs, **options)
-    if model.gives != task.needs:
-        wrong = f"task {recipe.task.kind!r} needs {task.needs!r}, but model {recipe.model.kind!r} with {options} gives {model.gives!r}"
-        raise ConfigError(f"{wrong}: change model.pooling or model.kind")
+    if not suffices(model.gives, task.needs):
+        wrong = f"task {recipe.task.kind!r} with {recipe.task.options} needs {task.needs!r}, but model {recipe.model.kind!r} with {options} gives {model.gives!r}"
+        raise ConfigError(f"{wrong}: {_WAYS[task.needs]}")
     return model
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import psutil
 
 from kit.errors import ConfigError
 
@@ -28,6 +29,7 @@ _NO_MEMORY = (
     "MemoryError", "OutOfMemory", "bad_alloc", "t allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED",
     "could not create a primitive", "Resource temporarily unavailable",
 )  # fmt: skip  # the last two: oneDNN, and a new thread
+_ONE_COPY = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}  # transformers otherwise reads tensors faster than it places them, and holds most of the weights twice
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -96,14 +98,21 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def tells_of_memory(text: str) -> bool:
     """Whether an error's name and text, or a process' last words, say that memory ran out."""
     return any(sign in text for sign in _NO_MEMORY)
 
 
 def go_offline() -> None:
-    """Set every switch that stops a library from calling a model hub. Call before importing transformers."""
-    os.environ.update(_OFFLINE)
+    """Set every switch that stops a library from calling a model hub, or from holding weights twice. Call before importing transformers."""
+    os.environ.update(_OFFLINE | _ONE_COPY)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
 
 
@@ -212,4 +221,4 @@ def worker_environment(device: str) -> dict[str, str]:
     path = os.pathsep.join(place or os.getcwd() for place in sys.path)
     kind, _, number = device.partition(":")
     places = {"cpu": {"CUDA_VISIBLE_DEVICES": ""}, "cuda": {"LOCAL_RANK": number or "0"}}
-    return _QUIET | dict(os.environ) | _OFFLINE | {"PYTHONPATH": path} | places.get(kind, {})
+    return _QUIET | dict(os.environ) | _OFFLINE | _ONE_COPY | {"PYTHONPATH": path} | places.get(kind, {})

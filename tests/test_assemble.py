@@ -20,6 +20,7 @@ from kit.errors import BundleError, ConfigError, DataError, DependencyError
 from kit.models import MODELS
 from kit.models.encoder import Encoder
 from kit.retrieval import RETRIEVERS
+from kit.tasks import TASKS, suffices
 from kit.tasks.multiple_choice import MultipleChoice
 from tests import tiny
 
@@ -73,6 +74,41 @@ def test_check_names_the_key_and_what_is_wrong(competition: Path, override: str,
     assert "\n" not in str(caught.value)
 
 
+def language(folder: Path, *overrides: str, **parts: dict[str, Any]) -> Recipe:
+    """A recipe for a decoder, whose parts are those given."""
+    values = tiny.recipe(folder).model_dump(exclude_none=True)
+    own = {"task": {"kind": "multiple_choice_prompt", "form": "yes_no"}, "model": {"kind": "causal", "source": "llama"}}
+    return Recipe.of({**values, **own, **parts}).with_overrides(overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.adapter={aplha=3}", r"model\.adapter\.aplha is unknown \(did you mean 'alpha'\?\)"),
+        ("model.adapter={r=0}", r"model\.adapter\.r = 0: give a whole number from 1"),
+        ("model.adapter={r='eight'}", r'model\.adapter\.r = "eight": give a whole number from 1'),
+        ("model.adapter={modules=3}", r'model\.adapter\.modules = 3: give "all-linear" or a list of names'),
+        ("model.adapter={modules=['q_proj', 3]}", r"model\.adapter\.modules = .*: give"),
+        ("model.adapter={rank_pattern={q_proj='many'}}", r'model\.adapter\.rank_pattern\.q_proj = "many": give a whole number from 1'),
+        ("model.adapter={}", r"\[model\.adapter\] is empty: give at least r"),
+        ("model.adapter=3", r"model\.adapter = 3: input should be a valid dictionary"),
+        ("model.quantise='nf3'", r"model\.quantise = 'nf3': input should be 'none' or 'nf4'"),
+        ("model={kind='encoder', source='bert', adapter={r=8}}", r"unknown key 'model\.adapter' \(known: "),
+        ("model={kind='seq2seq', source='t5', adapter={r=8}}", r"unknown key 'model\.adapter' \(known: "),
+        ("task={kind='causal_lm'}", r'task\.kind = "causal_lm" learns from its texts alone: leave \[retrieve\] out'),
+        ("task.template='{context}'", r"task\.template = '\{context\}' has no \{prompt\}: put it where the prompt goes"),
+    ],
+)
+def test_check_refuses_settings_of_language_models_by_name(tmp_path: Path, override: str, message: str) -> None:
+    retrieve = {"corpus": "passages.csv", "retriever": {"kind": "bm25"}}
+    recipe = language(tmp_path, retrieve=retrieve)
+    assemble.check(recipe.with_overrides(["model.adapter={r=8, rank_pattern={q_proj=2}}", "model.quantise='nf4'"]))
+    assemble.check(language(tmp_path, task={"kind": "causal_lm"}))
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        assemble.check(recipe.with_overrides([override]))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_model_without_a_source_is_refused(competition: Path) -> None:
     values = tiny.recipe(competition).model_dump(exclude_none=True)
     del values["model"]["source"]
@@ -114,8 +150,64 @@ def test_the_task_has_the_recipes_settings(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_give_what_the_task_needs_is_refused(competition: Path) -> None:
     recipe = tiny.recipe(competition, "model.pooling=none")
-    with pytest.raises(ConfigError, match=r"task 'multiple_choice' needs 'row', but model 'encoder' with .*'pooling': 'none'.* gives 'token'"):
+    with pytest.raises(ConfigError, match=r"task 'multiple_choice' with .* needs 'row', but model 'encoder' with .*'pooling': 'none'.* gives 'token': set model"):
         assemble.create_model(recipe, assemble.make_task(recipe), competition / "encoder")
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a backbone of every kind of model that is trained."""
+    folder = tmp_path_factory.mktemp("backbones")
+    for kind, options in tiny.MODELS.items():
+        assemble._entry(MODELS, kind, "model").invent(folder / kind, lambda: tiny.TEXTS, seed=0, **options)
+    return folder
+
+
+ADVICE = {
+    "row": r"set model\.pooling .*, or model\.kind = \"encoder\"",
+    "place": r"set model\.kind .* and model\.head = \"score\", or another task\.form",
+    "answer_token": r"set model\.kind .* and model\.head = \"words\", or task\.form = \"score\"",
+    "next_token": r"set model\.kind = \"causal\" and model\.head = \"words\"",
+}
+PAIRS = [
+    (kind, name, model, gives, options)
+    for kind in TASKS
+    for name in tiny.TASKS[kind].settings
+    for model, ways in tiny.WAYS.items()
+    for gives, options in ways
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "model", "gives", "options"), PAIRS, ids=["-".join([*pair[:4], *pair[4]]) for pair in PAIRS])
+def test_a_model_fits_a_task_or_is_refused_with_what_to_change(
+    backbones: Path, kind: str, name: str, model: str, gives: str, options: dict[str, Any]
+) -> None:
+    settings = tiny.TASKS[kind].settings[name]
+    recipe = language(backbones, task={"kind": kind, **settings}, model={"kind": model, "source": "any", **options})
+    task, folder = assemble.make_task(recipe), backbones / tiny.UNTRAINED.get(model, model)
+    if suffices(gives, task.needs):
+        assert assemble.create_model(recipe, task, folder).gives == gives
+        return
+    wrong = f"^task '{kind}' with .* needs '{task.needs}', but model '{model}' with .* gives '{gives}': {ADVICE[task.needs]}"
+    with pytest.raises(ConfigError, match=wrong) as caught:
+        assemble.create_model(recipe, task, folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [
+        ("causal_lm-usual", {"causal", "zero_shot"}),
+        ("multiple_choice-usual", {"encoder", "rules"}),
+        ("multiple_choice_prompt-letter", {"causal", "seq2seq", "zero_shot"}),
+        ("multiple_choice_prompt-score", {"causal-score", "seq2seq-score"}),
+    ],
+)
+def test_few_pairs_fit(kind: str, fits: set[str]) -> None:
+    """As words, without a model: what is compared here is what the models above say they give."""
+    needs = {f"{kind}-{name}": assemble.task_of_kind(kind).__class__(**settings).needs for kind in TASKS for name, settings in tiny.TASKS[kind].settings.items()}
+    found = {"-".join([model, *([options["head"]] if "head" in options else [])]) for _, _, model, gives, options in PAIRS if suffices(gives, needs[kind])}
+    assert found == fits
 
 
 def test_a_created_model_is_saved_and_loaded_with_its_tokens(competition: Path, tmp_path: Path) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kit.models.causal import Causal
 from kit.models.encoder import Encoder
 from kit.models.tokens import HFTokens
-from kit.predict import predict, stream
+from kit.models.zero_shot import ZeroShot
+from kit.predict import _batches, predict, stream
 from kit.runtime import Runtime, choose
 from kit.tasks import Batch, Feature
 from kit.tasks.multiple_choice import MultipleChoice, Question
+from kit.tasks.prompted import Prompted
 from tests import tiny
 
 TASK = MultipleChoice(max_length=60)
@@ -98,6 +103,20 @@ def test_batches_stay_within_the_budget_and_the_longest_comes_first(features: li
     assert widths == sorted(widths, reverse=True) and widths[0] == max(tokens_of(features))
     if batch_tokens == 3000:
         assert len(recorder.shapes) < len(features) / 3, "batches are filled"
+
+
+def test_a_tree_fills_one_row_as_long_as_all_of_it(features: list[Feature], tokens: HFTokens) -> None:
+    alone = features[0]
+    longest = max(tokens_of([alone]))
+    assert alone.shape == (OPTIONS, longest) and replace(alone, joined=True).shape == (1, alone.tokens) != alone.shape
+    trees = [replace(feature, joined=True) for feature in features]
+    sizes = [feature.tokens for feature in features]
+    assert max(sizes) > OPTIONS * 50
+    shapes = [(len(batch), max(sizes[index] for index in batch)) for batch in _batches(trees, 700)]
+    assert all(rows * width <= 700 or rows == 1 for rows, width in shapes) and max(rows for rows, _ in shapes) > 2
+    assert [width for _, width in shapes] == sorted((width for _, width in shapes), reverse=True) and shapes[0][1] == max(sizes)
+    assert sorted(index for batch in _batches(trees, 700) for index in batch) == list(range(len(trees)))
+    assert len(_batches(trees, max(sizes) * len(trees))) == 1
 
 
 def test_a_stream_gives_every_position_once_with_its_scores(features: list[Feature], tokens: HFTokens) -> None:
@@ -197,3 +216,49 @@ def test_prediction_leaves_no_gradients_behind(model: Encoder, features: list[Fe
     model.zero_grad(set_to_none=True)
     scored(model, features[:2], tokens)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- language models -----------------------------------------------------------------------------------------------------------------------
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}  # fmt: skip
+LIKELIHOOD = Prompted(max_length=96, form="likelihood")
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose logits are beyond what fp16 can hold."""
+    folder = tmp_path_factory.mktemp("loud")
+    Causal.invent(folder, lambda: tiny.TEXTS, seed=0, config=CONFIG, vocab_size=400)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 2e4
+    weights["lm_head.weight"] *= 10
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def by_words(model: nn.Module, folder: Path, batch_tokens: int = 2000) -> np.ndarray:
+    tokens = Causal.tokens(folder)
+    return np.stack(predict(model, LIKELIHOOD, LIKELIHOOD.encode(tiny.questions(6), tokens), tokens, runtime=FP32, batch_tokens=batch_tokens))
+
+
+def test_a_model_held_in_half_precision_is_computed_again_in_float32_where_it_overflows(language_model: Path) -> None:
+    held = ZeroShot.create(language_model, outputs=1, precision="fp16")
+    found, exact = by_words(held, language_model), by_words(Causal.create(language_model, outputs=1), language_model)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, exact, rtol=5e-3)
+    assert {parameter.dtype for parameter in held.parameters()} == {torch.float16}, "afterwards it is held as before"
+
+
+def test_a_model_that_streams_gets_all_batches_in_one_pass(language_model: Path) -> None:
+    model, steps = ZeroShot.create(language_model, outputs=1, streaming="always"), []
+    tokens = Causal.tokens(language_model)
+    features = LIKELIHOOD.encode(tiny.questions(6), tokens)
+    batches = list(stream(model, LIKELIHOOD, features, tokens, runtime=FP32, batch_tokens=200, on_step=lambda: steps.append(1)))
+    assert len(batches) > 2
+    assert len(steps) == 2, "once for every layer, whatever the number of batches"
+    scores = {index: score for indices, values in batches for index, score in zip(indices, values, strict=True)}
+    found = np.stack([scores[index] for index in range(len(features))])
+    np.testing.assert_allclose(found, by_words(Causal.create(language_model, outputs=1), language_model), rtol=1e-5)

@@ -78,12 +78,12 @@ def in_new_process(code: str, **variables: str) -> object:
 def test_go_offline_sets_every_switch_before_transformers_is_imported() -> None:
     code = (
         "import json, os; from kit.runtime import go_offline; go_offline(); import huggingface_hub.constants as c;"
-        "names = ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE', 'CUBLAS_WORKSPACE_CONFIG');"
+        "names = ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_DEACTIVATE_ASYNC_LOAD', 'CUBLAS_WORKSPACE_CONFIG');"
         "print(json.dumps([c.HF_HUB_OFFLINE, [os.environ[name] for name in names]]))"
     )
-    assert in_new_process(code) == [True, ["1", "1", "1", ":4096:8"]]
+    assert in_new_process(code) == [True, ["1", "1", "1", "1", ":4096:8"]]
     kept = in_new_process(code, CUBLAS_WORKSPACE_CONFIG=":16:8", HF_HUB_OFFLINE="0")
-    assert kept == [True, ["1", "1", "1", ":16:8"]], "what the user chose for cuBLAS stays; the network never does"
+    assert kept == [True, ["1", "1", "1", "1", ":16:8"]], "what the user chose for cuBLAS stays; the network never does"
 
 
 def test_importing_runtime_does_not_import_torch() -> None:
