@@ -39,7 +39,10 @@ _TAIL = 2000  # bytes of a log in which the reason of an end is looked for
 
 @dataclass(frozen=True)
 class Order:
-    """Score these rows (positions in the test table) with one fit of a member in one view; `batch_tokens` are padded tokens per forward pass."""
+    """Score these rows (positions in the test table) with one fit of a member in one view; `batch_tokens` are padded tokens per forward pass.
+
+    trial: if the member streams its layers, do not score, but measure what that would cost.
+    """
 
     serial: int
     member: str
@@ -48,6 +51,7 @@ class Order:
     rows: tuple[int, ...]
     batch_tokens: int
     precision: str
+    trial: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Event:
 
     kind: "beat" (it lives and is one batch further), "scored", "fetched", or "failed" (an exception, or the process ended: see `why`).
     seconds: work without loading; load_s: loading; tokens: real tokens, without padding. prediction: (n, C) float32, a row that did not come out
-    finite is NaN. hints: (n, C) each. chars: (n,) characters of the contexts found. memory: lack of memory was the cause, or may have been.
+    finite is NaN. pace: seconds to compute, and to read all layers, if the member streams them. hints: (n, C) each. chars: (n,) characters of the
+    contexts found. memory: lack of memory was the cause, or may have been.
     """
 
     slot: int
@@ -76,6 +81,7 @@ class Event:
     tokens: int = 0
     rows: tuple[int, ...] = ()
     prediction: np.ndarray | None = None
+    pace: tuple[float, float] | None = None
     hints: dict[str, np.ndarray] | None = None
     chars: np.ndarray | None = None
     why: str = ""

@@ -13,7 +13,7 @@ import numpy as np
 
 from kit.budget import Budget, Interval
 from kit.inference.crew import Crew, Event, Fetch, Order
-from kit.inference.planner import Choice, Pass, Planner
+from kit.inference.planner import Choice, Pass, Planner, Player
 
 PATIENCE_S = 60.0
 _SLACK = 3.0  # times the upper end of a forecast without a sign of life, beyond patience: a hang
@@ -156,7 +156,7 @@ class Dispatch:
         work, settings = choice.work, self._settings[choice.work.member]
         self.planner.take(work, choice.rows)
         self._begin(Span(slot, *work, choice.rows, choice.gain / self.planner.rows, choice.forecast, self.budget.elapsed(), self.budget.elapsed()))
-        self.crew.send(slot, Order(self._serial, *work, tuple(choice.rows.tolist()), settings.batch_tokens, settings.precision))
+        self.crew.send(slot, Order(self._serial, *work, tuple(choice.rows.tolist()), settings.batch_tokens, settings.precision, choice.trial))
 
     def _fetch(self, slot: int) -> None:
         """Ask for the next contexts of those this slot is to fetch."""
@@ -204,14 +204,26 @@ class Dispatch:
     def _scored(self, span: Span, event: Event) -> None:
         assert event.prediction is not None, "a scored order has predictions"
         player, rows = self.planner.player(span.name), np.array(event.rows, np.int64)
-        player.token.update(event.seconds, float(player.sizes[span.view][rows].sum()))
+        self._measured(player, event, float(player.sizes[span.view][span.rows].sum()))
         if event.load_s:
             player.load.update(max(span.end - span.start - event.seconds, event.load_s), 1)
         self._loaded[span.slot] = span.work
+        self.planner.release(span.work, span.rows)
         self.planner.record(span.work, rows, event.prediction)
         if lost := int((~np.isfinite(event.prediction).all(-1)).sum()):
             self.listener.decided(f"{span.name} {span.fit}: {lost} rows are left out, their scores are not finite even in float32")
         self.listener.scored(span.work, rows, event.prediction)
+
+    @staticmethod
+    def _measured(player: Player, event: Event, size: float) -> None:
+        """What an order tells of its member's costs; from one without a pace it is known that the member does not stream."""
+        if event.pace is None:
+            player.read = None
+            player.token.update(event.seconds, size)
+        elif player.read is not None:
+            compute, read = event.pace
+            player.token.update(compute, size)
+            player.read.update(read, 1)
 
     def _fetched(self, span: Span, event: Event) -> None:
         rows = np.array(event.rows, np.int64)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from kit import assemble, manifest
+from kit import assemble, manifest, paths
 from kit.config import Recipe
 from kit.errors import BundleError
 from kit.inference.blend import Blend
@@ -24,7 +24,7 @@ _PREDICTION = r"^p\d+"
 
 @dataclass(frozen=True)
 class Member:
-    """One member bundle: a recipe and its trained fits."""
+    """One member bundle: a recipe and its trained fits. base: the folder of the weights they are built on, where they do not hold their own."""
 
     folder: Path
     name: str
@@ -32,6 +32,7 @@ class Member:
     fits: tuple[str, ...]
     index: str | None
     digest: str
+    base: Path | None = None
 
     @classmethod
     def open(cls, bundle: manifest.Manifest) -> Member:
@@ -40,6 +41,13 @@ class Member:
         if missing := {"fits", "index"} - set(bundle.meta):  # nobody hashes a manifest
             raise BundleError(f"{bundle.root / manifest.FILE}: unreadable manifest (it has no {min(missing)}): pack the bundle again")
         return cls(bundle.root, bundle.name, recipe, tuple(bundle.meta["fits"]), bundle.meta["index"], bundle.digest)
+
+    def with_base(self, mounts: Path) -> Member:
+        """The member, its base found below `mounts` if it needs one; what is there is checked, but not hashed. Raises BundleError."""
+        name = assemble.base_name(self.recipe)
+        if name is None:
+            return self
+        return replace(self, base=manifest.verify(paths.find_bundle(name, mounts), full=False).root)  # tens of gigabytes take minutes to hash
 
     @cached_property
     def task(self) -> Task:
@@ -62,8 +70,13 @@ class Member:
 
     @property
     def bytes(self) -> int:
-        """Size of the weights of one fit: what stands for its cost before any is measured."""
-        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors")) // max(len(self.fits), 1)
+        """Size of the weights of one fit, with those it is built on: what stands for its cost before any is measured."""
+        own = sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors")) // max(len(self.fits), 1)
+        return own + sum(path.stat().st_size for path in self.base.glob("*.safetensors")) if self.base else own
+    @property
+    def parameters(self) -> float:
+        """How many a fit has, as far as the size tells."""
+        return parameters(self.bytes, self.recipe)
 
     @property
     def key(self) -> str | None:
@@ -80,6 +93,11 @@ class Weighed:
     blend: Blend
     targets: np.ndarray
     oof: dict[str, dict[str, float]]
+
+
+def parameters(weight_bytes: float, recipe: Recipe) -> float:
+    """How many parameters so many bytes are: pretrained language models come in 16 bits, fits of the kit in 32."""
+    return weight_bytes / (2 if assemble.on_base(recipe) else 4)
 
 
 def weigh(members: Sequence[Member], method: str = "auto") -> Weighed:

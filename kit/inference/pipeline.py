@@ -203,7 +203,7 @@ class _Inference:
                 manifest.verify(member.folder)
                 if member.oof.empty:
                     raise BundleError(f"{member.folder}: no OOF predictions, so the blend cannot weigh this member: train every fold and pack it again")
-                good.append(member)
+                good.append(member.with_base(self._mounts(members)))
             except (KitError, OSError) as error:
                 refused = refused or error
                 self.failures[member.name] = str(error)
@@ -212,15 +212,15 @@ class _Inference:
         readers = good if self.options.use_contexts else []
         for key, index in {member.key: member.index for member in readers if member.key and member.index}.items():
             try:
-                indexes[key] = paths.find_bundle(index, self._index_root(good))
+                indexes[key] = paths.find_bundle(index, self._mounts(good))
                 manifest.verify(indexes[key])
             except (KitError, OSError) as error:
                 indexes.pop(key, None)
                 self.failures |= {member.name: f"scored without contexts: {error}" for member in good if member.key == key}
         return good, indexes
 
-    def _index_root(self, members: Sequence[Member]) -> Path:
-        """Where index bundles are looked for: below the mounts, or beside the members where there are none."""
+    def _mounts(self, members: Sequence[Member]) -> Path:
+        """Where the bundles of indexes and bases are looked for: below the mounts, or beside the members where there are none."""
         return self.options.root if self.options.root.is_dir() else members[0].folder.parent
 
     def _weigh(self) -> Weighed:
@@ -275,12 +275,17 @@ class _Inference:
             "state": self.state,
             "test": str(self.options.test.absolute()),
             "task": self.members[0].recipe.task.model_dump(mode="json"),
-            "members": {member.name: {"folder": str(member.folder.absolute()), "key": self.keys[member.name]} for member in self.members},
+            "members": {member.name: self._place(member) for member in self.members},
             "contexts": {key: {"index": str(index.absolute()), "settings": settings[key]} for key, index in indexes.items()},
         }
         if self._old_setup().get("members", setup["members"]) != setup["members"]:
             shutil.rmtree(self.folder / _SCORES, ignore_errors=True)
         manifest.write_atomically(self.folder / "setup.json", json.dumps(setup, indent=1))
+
+    def _place(self, member: Member) -> dict[str, Any]:
+        """Where a member is, for setup.json."""
+        base = str(member.base.absolute()) if member.base else None
+        return {"folder": str(member.folder.absolute()), "base": base, "key": self.keys[member.name]}
 
     def _planner(self, slots: Sequence[str]) -> Planner:
         """The planner, before anything is scored."""
@@ -296,7 +301,8 @@ class _Inference:
         chars = np.full(len(self.examples), float(settings.context.max_chars)) if key and settings else None
         sizes = {name: task.sizes(self.examples, chars) for name, task in member.views.items()}
         more = frozenset(name for name, view in member.task.views().items() if view.more)
-        return Player(member.name, member.fits, sizes, cost.load_cost(member.bytes), cost.token_cost(member.bytes, device), more, key)
+        read = cost.read_cost(member.bytes) if assemble.may_stream(member.recipe) else None
+        return Player(member.name, member.fits, sizes, cost.load_cost(member.bytes), cost.token_cost(member.parameters, device), more, key, read)
 
     def _resume(self) -> None:
         """What an earlier process of this run has scored and retrieved."""

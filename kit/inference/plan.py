@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from kit.errors import BundleError, ConfigError
 from kit.inference import cost
 from kit.inference.blend import Blend
 from kit.inference.dispatch import Dispatch, Settings, Span
-from kit.inference.member import Member, weigh
+from kit.inference.member import Member, parameters, weigh
 from kit.inference.planner import FULL, Pass, Planner, Player
 from kit.inference.simulate import Actor, Clock, Law, Silent, SimulatedCrew, score
 
@@ -26,14 +27,19 @@ _STANDARD_VIEW = 0.9
 _OOF_ROWS = 300
 _OPTIONS = 5  # of a row, where no OOF tells
 _LENGTH = 512  # tokens of a sequence, where the task has no max_length
+_FITS = ("*/*.safetensors", "*/base.json")  # what a fit holds: weights, or whose they are
 _BYTES = 4  # of a parameter
+_BASE_BYTES = 2  # of one of a pretrained language model
+_BILLIONS = re.compile(r"(\d+(?:\.\d+)?)b(?![a-z0-9])", re.IGNORECASE)  # the size in names such as mistral-7b
+_NF4, _ROOM = 4.5 / 16, 0.8  # of the stored bytes, in four bits; share of the memory that weights may take
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. seconds: until it ends. members: name, load_s, token_us, seconds, fits. timeline: slot, member, fit, view, rows, start, end.
+    """What a run would do. seconds: until it ends. members: name, load_s, token_us, seconds, fits, and read_s of those that stream.
 
-    left_out: rows x fits of the final blend, by member, for which there is no time. assumed: members whose skill is STANDARD_SKILL, for want of OOF.
+    timeline: slot, member, fit, view, rows, start, end. left_out: rows x fits of the final blend, by member, for which there is no time.
+    assumed: members whose skill is STANDARD_SKILL, for want of OOF.
     """
 
     rows: int
@@ -67,6 +73,16 @@ class _Planned:
         task = assemble.make_task(self.recipe)
         tasks = self.trained.views if self.trained else {FULL: task, **{name: view.task for name, view in task.views().items()}}
         return {view: int(getattr(each, "max_length", _LENGTH)) for view, each in tasks.items()}
+
+    def sequences(self, options: int) -> int:
+        """Sequences of a row: one per option, unless the options share one."""
+        return options if assemble.make_task(self.recipe).needs == "row" else 1
+
+    def streams(self, device: str) -> bool:
+        """Whether its weights, as they are held there, are larger than the device's memory."""
+        settings = self.recipe.model.options
+        held = self.bytes * (_NF4 if settings.get("quantise") == "nf4" else 1)
+        return assemble.may_stream(self.recipe) and (settings.get("streaming") == "always" or held > _ROOM * cost.memory(device))
 
     @property
     def key(self) -> str | None:
@@ -119,13 +135,17 @@ def _open(member: str | Path, artifacts: Path) -> _Planned:
         recipe = Recipe.load(member)
         seeds = len(recipe.train.seeds)
         fits = tuple(f"fold{fold}" + f"-seed{seed}" * (seeds > 1) for seed in recipe.train.seeds for fold in range(recipe.data.folds))
+        if not recipe.train.epochs:
+            fits = (FULL,)
         return _Planned(recipe.name, recipe, fits, _bytes_of_recipe(recipe, artifacts))
     recipe = Recipe.load(folder / "recipe.toml")
-    weights = {path.parent.name: path.stat().st_size for path in sorted(folder.glob("*/*.safetensors"))}
+    folders = sorted({path.parent for pattern in _FITS for path in folder.glob(pattern)})
+    weights = {fit.name: sum(path.stat().st_size for path in fit.glob("*.safetensors")) for fit in folders}
     if not weights:
         raise BundleError(f"{folder}: no fit with weights in it: train the run, or give its recipe")
     trained = Member(folder, folder.name, recipe, tuple(weights), None, "") if (folder / "oof.parquet").is_file() else None
-    return _Planned(folder.name, recipe, tuple(weights), sum(weights.values()) // len(weights), trained)
+    base = _bytes_of_recipe(recipe, artifacts) if assemble.on_base(recipe) else 0
+    return _Planned(folder.name, recipe, tuple(weights), base + sum(weights.values()) // len(weights), trained)
 
 
 def _bytes_of_recipe(recipe: Recipe, artifacts: Path) -> int:
@@ -134,7 +154,13 @@ def _bytes_of_recipe(recipe: Recipe, artifacts: Path) -> int:
     if source is None:
         raise ConfigError(f'recipe {recipe.name!r}: model.source is missing: give a model folder, package:NAME, or "{assemble.SCRATCH}"')
     if source != assemble.SCRATCH:
-        return sum(path.stat().st_size for path in paths.model_folder(source, Path(recipe.data.folder), artifacts / "bundles").glob("*.safetensors"))
+        try:
+            folder = paths.model_folder(source, Path(recipe.data.folder), artifacts / "bundles")
+        except BundleError:
+            if named := _BILLIONS.search(source):  # not here, but its name says how large it is
+                return int(float(named[1]) * 1e9 * _BASE_BYTES)
+            raise
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     hidden, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
     inner, words = int(config.get("intermediate_size", 4 * hidden)), int(recipe.model.options.get("vocab_size", 0))
     return _BYTES * (words * hidden + layers * (4 * hidden**2 + 2 * hidden * inner))  # embeddings; attention and feed-forward of each layer
@@ -156,15 +182,18 @@ def _believed(planned: Sequence[_Planned]) -> tuple[Blend, np.ndarray, dict[str,
 
 
 def _player(one: _Planned, rows: int, width: int, device: str) -> Player:
-    sizes = {view: np.full(rows, float(length * width)) for view, length in one.lengths.items()}
+    sizes = {view: np.full(rows, float(length * one.sequences(width))) for view, length in one.lengths.items()}
     more = frozenset(name for name, view in assemble.make_task(one.recipe).views().items() if view.more)
-    return Player(one.name, one.fits, sizes, cost.load_cost(one.bytes), cost.token_cost(one.bytes, device), more, one.key)
+    token, streams = cost.token_cost(parameters(one.bytes, one.recipe), device), one.streams(device)
+    load = cost.load_cost(0 if streams else one.bytes)
+    return Player(one.name, one.fits, sizes, load, token, more, one.key, cost.read_cost(one.bytes) if streams else None)
 
 
 def _actor(player: Player, predictions: dict[str, np.ndarray]) -> Actor:
     """A member that costs what is expected. predictions: (N, C) by view, the same of every fit."""
     every = {(fit, view): values for fit in player.fits for view, values in predictions.items()}
-    return Actor(every, player.sizes, player.token.forecast().mid, player.load.forecast().mid)
+    read = player.read.forecast().mid if player.read else 0.0
+    return Actor(every, player.sizes, player.token.forecast().mid, player.load.forecast().mid, read_s=read)
 
 
 # --- what came out -------------------------------------------------------------------------------------------------------------------
@@ -173,7 +202,8 @@ def _actor(player: Player, predictions: dict[str, np.ndarray]) -> Actor:
 def _costs(player: Player, spans: Sequence[Span]) -> dict[str, Any]:
     seconds = sum(span.end - span.start for span in spans if span.name == player.name)
     load, token = player.load.forecast().mid, player.token.forecast().mid
-    return {"name": player.name, "load_s": round(load, 2), "token_us": round(token * 1e6, 4), "seconds": round(seconds, 1), "fits": len(player.fits)}
+    read = {"read_s": round(player.read.forecast().mid, 1)} if player.read else {}
+    return {"name": player.name, **read, "load_s": round(load, 2), "token_us": round(token * 1e6, 4), "seconds": round(seconds, 1), "fits": len(player.fits)}
 
 
 def _merged(spans: Sequence[Span]) -> list[dict[str, Any]]:

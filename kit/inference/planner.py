@@ -31,6 +31,7 @@ _HALVINGS = 16  # steps of the search for what a second is worth
 _LEAST_GAIN = 1e-9  # of a source that the final blend uses: with time to spare, all of it is scored
 _REPEAT = 0.005  # gain of a member's second fit, as long as no row was scored by two; the k-th brings 1/k(k-1) of twice that
 _REPEAT_ROWS = 50  # rows with two fits that count as much as this guess
+_TRIAL_ROWS = 16  # enough to see what a token costs
 _MOVED = 0.2  # how far the forecast of the whole may move before it is decided again what is worth having
 
 
@@ -52,7 +53,8 @@ class Player:
     """A member as the planner sees it.
 
     sizes: tokens per row (N,) in each view, the full one first. load: seconds to make a fit ready. token: seconds per token. more: views that are
-    scored beside the full one; others take its place. key: which contexts it needs.
+    scored beside the full one; others take its place. key: which contexts it needs. read: seconds to read all layers, for a member that streams
+    them: every order takes that long at least, so it gets all of its rows in one.
     """
 
     name: str
@@ -62,11 +64,15 @@ class Player:
     token: Cost
     more: frozenset[str] = frozenset()
     key: str | None = None
+    read: Cost | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to do next. rows: to be scored. prepare: rows that need their contexts first. gain: expected sum over `rows`. why: for the log."""
+    """What to do next. rows: to be scored. prepare: rows that need their contexts first. gain: expected sum over `rows`. why: for the log.
+
+    trial: with these rows it is to be seen whether the member streams its layers, and what that costs.
+    """
 
     work: Pass
     rows: np.ndarray
@@ -74,6 +80,7 @@ class Choice:
     gain: float
     forecast: Interval
     why: str
+    trial: bool = False
 
 
 class _Patch(NamedTuple):
@@ -173,7 +180,7 @@ class Planner:
         scores = self._scores.setdefault(work, np.full((self.rows, self.width), np.nan, np.float32))
         scores[rows] = np.where(np.isfinite(prediction).all(-1, keepdims=True), prediction, np.nan)
         self.release(work, rows)
-        if work.source in self._has:
+        if work.source in self._has and len(rows):
             self._average(work, rows)
             self._pool(rows)
 
@@ -270,11 +277,13 @@ class Planner:
         reach = patch.reach(worth) or best.limit if patch.loaded else max(best.best, patch.reach(worth))
         token = player.token.forecast().mid if player.token.measurements else player.token.forecast().high
         seconds = token * np.cumsum(player.sizes[patch.work.view][patch.rows])
-        first = min(_chunk(seconds, reach, remaining, slots), best.limit)
+        trial = player.read is not None and not player.read.measurements
+        size = _TRIAL_ROWS if trial else reach if player.read else _chunk(seconds, reach, remaining, slots)
+        first = min(size, best.limit)
         forecast = Interval(*(float(patch.ends[k][first - 1]) for k in (_LOW, _MID, _HIGH)))
         others = [candidate for candidate in found if candidate.patch.work.source != patch.work.source]
         prepare = patch.rows[:reach][patch.missing[:reach]]
-        choice = Choice(patch.work, patch.rows[:first], prepare, float(patch.gains[first - 1]), forecast, "")
+        choice = Choice(patch.work, patch.rows[:first], prepare, float(patch.gains[first - 1]), forecast, "", trial)
         return replace(choice, why=self._explain(choice, best, worth, max(others, key=lambda candidate: candidate.rate, default=None)))
 
     def _works(self, sources: Collection[str]) -> Iterator[Pass]:
@@ -310,14 +319,17 @@ class Planner:
         alone = gain / np.maximum(token[_MID] * tokens + fetch[_MID] * missing, 1e-12)
         order = np.argsort(-alone, kind="stable")
         done, fetches = np.cumsum(tokens[order]), np.cumsum(missing[order])
-        ends = [load[k] + token[k] * done + fetch[k] * fetches for k in range(len(_CHANCES))]
+        read = _levels(player.read.forecast()) if player.read else (0.0,) * len(_CHANCES)
+        ends = [load[k] + np.maximum(read[k], token[k] * done) + fetch[k] * fetches for k in range(len(_CHANCES))]
         return _Patch(work, loaded, rows[order], missing[order], alone[order], np.cumsum(gain[order]), ends, later)
 
     def _candidate(self, patch: _Patch, remaining: float) -> _Candidate | None:
         """None if it would not end in time, or is left to others, or comes later."""
         if patch.later or (not patch.loaded and self._others_finish(patch, remaining)):
             return None
-        for end, chance in zip(patch.ends, _CHANCES, strict=True):
+        read = self._by_name[patch.work.member].read
+        several = len(_CHANCES) if read is None else 1 if read.measurements else 2  # a pass over all layers that ends too late is lost whole
+        for end, chance in zip(patch.ends[:several], _CHANCES, strict=False):
             if limit := int(np.searchsorted(end, remaining, "right")):
                 rates = patch.gains[:limit] / np.maximum(patch.ends[_MID][:limit], 1e-12)
                 best = int(rates.argmax())
@@ -371,6 +383,7 @@ class Planner:
 
     def _explain(self, choice: Choice, best: _Candidate, worth: float, other: _Candidate | None) -> str:
         text = f"contexts of {len(choice.prepare)} rows for " if len(choice.prepare) else ""
+        text += "a trial of " if choice.trial else ""
         text += f"{' '.join(choice.work)} on {len(choice.rows)} rows: +{choice.gain / self.rows:.5f} in {choice.forecast.mid:.1f} s"
         text += f" ({choice.forecast.low:.1f} to {choice.forecast.high:.1f}), {best.rate / self.rows:.2e} per s where a second is worth {worth / self.rows:.2e}"
         return text + (f"; next best {other.patch.work.source} with {other.rate / self.rows:.2e}" if other else "; nothing else to do")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from kit.config import Recipe, RetrievePart
 from kit.data.tables import read_table
 from kit.inference.crew import Event, Fetch, Order
 from kit.inference.planner import FULL
-from kit.predict import stream
+from kit.predict import collate_all, stream
 from kit.tasks import Feature, Task, Tokens
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 Beat = Callable[[], None]
 """Says that the work is one step further."""
 
+_PASSES = "passes"  # in the run folder: passes over all layers of a model, each until it is done
 _ENCODED = 256  # rows from beat to beat
 _QUERIES = 32  # per core, from beat to beat: what one thread of a retriever takes at a time
 
@@ -91,7 +93,8 @@ class Scorer:
             torch.cuda.set_device(device)
         setup = _read_setup(run)
         place = setup["members"][member]
-        self._folder, self._device = Path(place["folder"]), device
+        self._run, self._folder, self._device = run, Path(place["folder"]), device
+        self._base = Path(place["base"]) if place.get("base") else None
         self._recipe = Recipe.load(self._folder / "recipe.toml")
         self._task = assemble.make_task(self._recipe)
         self._examples = self._task.read(read_table(Path(setup["test"])))
@@ -103,29 +106,56 @@ class Scorer:
     def work(self, order: Order, beat: Beat) -> Event:
         """Score an order's rows: "scored", with the seconds since the fit was loaded. Raises what loading and scoring raise."""
         self._load(order.fit, beat)
+        if not getattr(self._model, "streams", False):
+            return self._score(order, beat)
+        if order.trial:
+            return self._try(order, beat)
+        state = self._run / _PASSES / f"{order.member}.{order.fit}.{order.view}"
+        event = self._score(_resumed(state, order), beat, state)
+        shutil.rmtree(state, ignore_errors=True)
+        return event
+
+    def _score(self, order: Order, beat: Beat, state: Path | None = None) -> Event:
+        """state: of a pass over all layers."""
         began = time.monotonic()
         task = self._view(order.view)
         examples = self._rows(order.rows)
         features = _encode(task, examples, self._tokens, beat)
         chosen = runtime.choose(order.precision, self._device)
         scored: dict[int, np.ndarray] = {}
-        for indices, scores in stream(self._model, task, features, self._tokens, runtime=chosen, batch_tokens=order.batch_tokens):
+        for indices, scores in stream(
+            self._model, task, features, self._tokens, runtime=chosen, batch_tokens=order.batch_tokens, state=state, on_step=beat
+        ):  # fmt: skip
             scored.update(zip(indices, scores, strict=True))
             beat()
         prediction = task.decode(list(scored.values()), [features[index] for index in scored], examples)
         prediction[~np.isfinite(prediction).all(-1)] = np.nan
         tokens = sum(feature.tokens for feature in features)
-        return Event(0, order.serial, "scored", time.monotonic() - began, tokens=tokens, rows=order.rows, prediction=prediction)
+        pace = tuple(self._model.last_pass) if state else None  # as plain numbers: the run need not know models
+        return Event(0, order.serial, "scored", time.monotonic() - began, tokens=tokens, rows=order.rows, prediction=prediction, pace=pace)
+
+    def _try(self, order: Order, beat: Beat) -> Event:
+        """What a pass over all layers would cost with these rows; none is scored."""
+        began = time.monotonic()
+        task, examples = self._view(order.view), self._rows(order.rows)
+        features = _encode(task, examples, self._tokens, beat)
+        batches = [batch for _, batch in collate_all(task, features, self._tokens, batch_tokens=order.batch_tokens)]
+        pace = tuple(self._model.eval().measure(batches))
+        nothing = np.empty((0, task.width(examples)), np.float32)
+        return Event(0, order.serial, "scored", time.monotonic() - began, prediction=nothing, pace=pace)
 
     def _load(self, fit: str, beat: Beat) -> None:
         """Have this fit's weights on the device, and no other's."""
         if fit == self._fit:
             return
-        if self._fit:
-            self._fit = self._model = self._tokens = None
+        other, self._fit = self._fit, None
+        if other and self._base:
+            self._model.reload(self._folder / fit)
+        else:
+            self._model = self._tokens = None
             runtime.free_memory()
-        self._tokens = assemble.load_tokens(self._recipe, self._folder / fit)
-        self._model = assemble.load_model(self._recipe, self._task, self._folder / fit).to(self._device)
+            self._tokens = assemble.load_tokens(self._recipe, self._folder / fit)
+            self._model = assemble.load_model(self._recipe, self._task, self._folder / fit, base=self._base).to(self._device)
         self._fit = fit
         beat()
 
@@ -205,6 +235,20 @@ class Contexts:
             manifest.write_atomically(last, content)
         self._seen |= {first, last}
         self._known |= found
+
+
+def _resumed(state: Path, order: Order) -> Order:
+    """The order whose pass was cut off in this folder, if it was to be scored in the same way; else this one, whose pass begins there."""
+    path, way = state / "order.json", [order.batch_tokens, order.precision]
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["way"] == way:
+            return replace(order, rows=tuple(kept["rows"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    shutil.rmtree(state, ignore_errors=True)
+    manifest.write_atomically(path, json.dumps({"rows": order.rows, "way": way}))
+    return order
 
 
 def _encode(task: Task, examples: Sequence[Any], tokens: Tokens, beat: Beat) -> list[Feature]:

@@ -26,6 +26,7 @@ from kit.inference.planner import FULL, Pass, Planner, Player
 FaultKind = Literal["dies", "raises", "hangs", "nan", "memory"]
 _INSTANT = 1e-6  # by this much the clock moves on even if nobody asks: time never stands still
 _HALF = ("fp16", "bf16")
+_TRIAL = 0.05  # of a pass over all layers
 
 
 # --- the clock and the crew ----------------------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ class Fault:
 class Actor:
     """A simulated member. predictions: (N, C) by (fit, view). sizes: tokens per row (N,) by view. token_s, load_s: true seconds at speed 1.
 
-    start_s: seconds to start its process, when the slot had another one.
+    start_s: seconds to start its process, when the slot had another one. read_s: seconds to read all layers, of one that streams them.
     """
 
     predictions: Mapping[tuple[str, str], np.ndarray]
@@ -86,6 +87,7 @@ class Actor:
     load_s: float
     start_s: float = 0.0
     fault: Fault | None = None
+    read_s: float = 0.0
 
 
 class SimulatedCrew:
@@ -160,8 +162,13 @@ class SimulatedCrew:
         load_s += actor.start_s if process is None or process[0] != order.member else 0.0
         self._process[slot] = (order.member, order.fit)
         rows = np.array(order.rows)
-        work = actor.token_s * float(actor.sizes[order.view][rows].sum()) * float(np.exp(self._noise * self._rng.normal()))
+        compute = actor.token_s * float(actor.sizes[order.view][rows].sum()) * float(np.exp(self._noise * self._rng.normal()))
         event = self._outcome(slot, order, actor)
+        work = max(compute, actor.read_s)
+        if actor.read_s and event is not None and event.kind == "scored":
+            event = replace(event, pace=(compute, actor.read_s))
+            if order.trial:
+                event, work = replace(event, rows=(), prediction=event.prediction[:0]), _TRIAL * work  # type: ignore[index]
         if event is not None and event.kind == "scored":
             self._scored[order.member] = self._scored.get(order.member, 0) + len(rows)
         self._plan(slot, order.serial, load_s, work if event is None or event.kind == "scored" else work / 2, event)

@@ -274,3 +274,52 @@ def test_whatever_happens_it_ends_by_the_deadline_with_all_that_was_scored(
     for work in {span.work for span in good}:
         rows = np.concatenate([span.rows for span in good if span.work == work])
         assert len(rows) == len(set(rows.tolist()))
+
+
+# --- members that stream their layers ------------------------------------------------------------------------------------------------------
+
+
+def orders_of(world: World, name: str) -> list[int]:
+    """Rows of a member's orders, in their order."""
+    return [len(span.rows) for span in world.dispatch.spans if span.name == name]
+
+
+def scored_by(world: World, name: str) -> int:
+    return int(np.isfinite(world.planner.of_member(name)).all(-1).sum())
+
+
+STREAMED = Law("streamed", {"full": 2.0}, row_s=0.5, load_s=5)
+
+
+def test_a_member_that_streams_is_tried_and_then_gets_all_its_rows_in_one_order() -> None:
+    world = make_world([WEAK, STREAMED], total_s=1000, read_s={"streamed": 40})
+    world.dispatch.run()
+    assert orders_of(world, "streamed") == [16, 120]
+    assert scored_by(world, "streamed") == 120
+    assert said(world, "a trial of", "streamed")
+    assert not any(taken.any() for taken in world.planner._taken.values())
+
+
+def test_a_member_that_turns_out_not_to_stream_goes_on_in_chunks() -> None:
+    world = make_world([WEAK, STREAMED], total_s=1000, read_s={"streamed": 0})
+    world.dispatch.run()
+    rows = orders_of(world, "streamed")
+    assert rows[0] == 16
+    assert sum(rows) == 120, "what the trial has scored is not scored again"
+    assert len(rows) > 3
+    assert len(said(world, "a trial of")) == 1
+
+
+def test_a_pass_that_might_not_end_in_time_is_not_begun() -> None:
+    world = make_world([WEAK, STREAMED], total_s=60, read_s={"streamed": 45})
+    world.dispatch.run()
+    assert orders_of(world, "streamed") in ([], [16])
+    assert scored_by(world, "streamed") == 0
+    assert scored_by(world, "weak") == 120
+
+
+def test_a_pass_takes_no_more_rows_than_end_in_time() -> None:
+    world = make_world([STREAMED], total_s=60, read_s={"streamed": 10}, rows=400)
+    world.dispatch.run()
+    assert "cut" not in {span.state for span in world.dispatch.spans}
+    assert 50 <= scored_by(world, "streamed") < 110

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
+from kit.config import shipped_recipes
 from kit.errors import BundleError, ConfigError
 from kit.inference.plan import plan
 
@@ -133,3 +134,27 @@ def test_planning_imports_no_torch(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
+
+
+def test_a_model_larger_than_memory_is_planned_as_passes_over_its_layers() -> None:
+    made = plan(["stream_70b"], 500, "t4x2")
+    (member,) = made.members
+    assert member["read_s"] > 300, "140 GB, as the name of the bundle says"
+    assert member["fits"] == 1
+    assert made.fits_in_time
+    assert sum(span["rows"] for span in made.timeline if span["view"] == "full") >= 500
+    short = plan(["stream_70b"], 500, "t4x2", budget_s=600)
+    assert not short.fits_in_time
+    assert all(span["end"] - span["start"] < 100 for span in short.timeline), "a pass that cannot end in time is not begun"
+
+
+def test_a_model_that_fits_into_memory_is_not() -> None:
+    (member,) = plan(["qlora_7b"], 500, "t4x2").members
+    assert "read_s" not in member
+
+
+def test_a_base_that_is_not_there_and_whose_name_does_not_say_its_size_is_refused(tmp_path: Path) -> None:
+    text = shipped_recipes()["qlora_7b"].read_text(encoding="utf-8").replace("bundle:mistral-7b", "bundle:mistral")
+    (tmp_path / "own.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match="mistral"):
+        plan([tmp_path / "own.toml"], 500)

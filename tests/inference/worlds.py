@@ -51,8 +51,10 @@ def make_world(
     spread: float = 1.5,
     precision: str = "auto",
     seed: int = 0,
+    read_s: Mapping[str, float] | None = None,
 ) -> World:
-    """A budget without reserve; costs as expected, within `spread`."""
+    """A budget without reserve; costs as expected, within `spread`. read_s: of members that may stream their layers; 0: this one turns out not to."""
+    reads = read_s or {}
     rng = np.random.default_rng(seed)
     oof, oof_targets = score(laws, 250, rng, fits=1)
     truth, targets = score(laws, rows, rng, fits=5)
@@ -62,12 +64,13 @@ def make_world(
     players = [
         Player(
             law.name, law.fits, sizes[law.name], Cost(law.load_s + law.start_s, spread), Cost(law.row_s / 100, spread),
-            frozenset({"flipped"}) & law.skills.keys(), law.key,
+            frozenset({"flipped"}) & law.skills.keys(), law.key, Cost(reads[law.name] or 10.0, spread) if law.name in reads else None,
         )
         for law in laws
     ]  # fmt: skip
     actors = {
-        law.name: Actor(truth[law.name], sizes[law.name], law.row_s / 100, law.load_s, law.start_s, (faults or {}).get(law.name)) for law in laws
+        law.name: Actor(truth[law.name], sizes[law.name], law.row_s / 100, law.load_s, law.start_s, (faults or {}).get(law.name), reads.get(law.name, 0.0))
+        for law in laws
     }
     clock, listener = Clock(), Silent()
     crew = SimulatedCrew(clock, actors, slots, speeds=speeds, fetch_s={law.key: fetch_s for law in laws if law.key})
