@@ -247,13 +247,16 @@ def _members(site: Site) -> Iterator[Said]:
 def _member_faults(site: Site, member: Manifest) -> Iterator[Said]:
     """Whatever would stop this member: its index, its recipe, its tokens, its weights."""
     again = "pack the run with this version of the kit, and upload it again"
-    index, fits = member.meta.get("index"), list(_weights(member))
-    if index and index not in site.bundles:
-        yield Said("error", f"{member.name}: its index {index} is not mounted (bundles: {', '.join(site.bundles)})", f"attach the dataset {index}")
+    index, base, fits = member.meta.get("index"), None, list(_weights(member))
     if why := _refusal(_check_recipe, member):
         yield Said("error", f"{member.name}: {why}", again)
-    elif fits and (why := _refusal(_load_tokens, member, fits[0])):
-        yield Said("error", f"{member.name}/{fits[0]}: {why}", again)
+    else:
+        base = base_of(member)
+        if fits and (why := _refusal(_load_tokens, member, fits[0])):
+            yield Said("error", f"{member.name}/{fits[0]}: {why}", again)
+    for what, name in (("index", index), ("base", base)):
+        if name and name not in site.bundles:
+            yield Said("error", f"{member.name}: its {what} {name} is not mounted (bundles: {', '.join(site.bundles)})", f"attach the dataset {name}")
     if not fits:
         yield Said("error", f"{member.name}: its manifest names no fit", again)
     for fit in fits:
@@ -263,7 +266,7 @@ def _member_faults(site: Site, member: Manifest) -> Iterator[Said]:
 def _weight_faults(member: Manifest, fit: str) -> Iterator[Said]:
     """Weights of a fit that are not there, or whose header does not fit the file."""
     names = _weight_files(member, fit)
-    if not names:
+    if not names and f"{fit}/base.json" not in member.files:  # with which all its weights are its base's
         yield Said("error", f"{member.name}/{fit}: no *.safetensors", "pack the run again, and upload it")
     for name in names:
         try:
@@ -274,8 +277,8 @@ def _weight_faults(member: Manifest, fit: str) -> Iterator[Said]:
 
 
 def _adapters(site: Site) -> Iterator[Said]:
-    """Whether the bundle that each adapter names as its base is mounted: without it, the hub would be asked."""
-    for bundle in site.bundles.values():
+    """Whether the bundle that each adapter beside the members names as its base is mounted: without it, the hub would be asked."""
+    for bundle in [bundle for bundle in site.bundles.values() if bundle.kind != "member"]:
         for name in [name for name in bundle.files if PurePosixPath(name).name == "adapter_config.json"]:
             base = json.loads(bundle.locate(name).read_text(encoding="utf-8")).get("base_model_name_or_path")
             if base in site.bundles:
@@ -283,6 +286,11 @@ def _adapters(site: Site) -> Iterator[Said]:
             else:
                 what = f"{bundle.name}/{name}: its base model {base!r} is no mounted bundle (bundles: {', '.join(site.bundles)})"
                 yield Said("error", what, "attach the dataset of the base model; if it has another name, pack the adapter again: kit vendor weights")
+
+
+def base_of(member: Manifest) -> str | None:
+    """Name of the bundle with the weights that a member's fits are scored on; None where they hold their own. Raises BundleError, ConfigError."""
+    return assemble.base_name(_recipe(member))
 
 
 def _recipe(member: Manifest) -> Recipe:

@@ -26,6 +26,7 @@ from kit.data.tables import read_table
 from kit.errors import BundleError, ConfigError, RehearsalError
 from kit.manifest import Manifest
 from kit.rehearsal import box
+from kit.rehearsal.doctor import base_of
 from kit.rehearsal.limits import Limits
 from kit.rehearsal.lint import lint
 from kit.rehearsal.rerun import SAMPLE, TEST, link_files, look_alike
@@ -86,6 +87,7 @@ def rehearse(
     begun, competition = time.monotonic(), competition.resolve()
     public_rows = len(read_table(competition / TEST).frame)
     staged = [manifest.verify(folder) for folder in tqdm(_bundles_in(datasets), "verify", disable=None)]
+    _check_bases(staged)
     folder = _new_folder(artifacts.resolve() / "rehearsals")
     play = _Play(staged, notebook, profile, limits or Limits(), level, folder)
     steps: dict[str, Callable[[], None]] = {
@@ -230,6 +232,16 @@ def _bundles_in(datasets: Path) -> list[Path]:
     if not folders:
         raise BundleError(f"{datasets}: no datasets: stage a trained run with `kit vendor bundle`")
     return folders
+
+
+def _check_bases(staged: Sequence[Manifest]) -> None:
+    """Raises BundleError for a member whose base is not there."""
+    mounted = {dataset.name for dataset in staged}
+    for member in staged:
+        base = base_of(member) if member.kind == "member" and "recipe.toml" in member.files else None
+        if base and base not in mounted:
+            where = member.root.parent
+            raise BundleError(f"{member.name}: its base {base} is not in {where} (bundles: {', '.join(sorted(mounted))}): stage it, too, as `kit vendor bundle` does")
 
 
 def _new_folder(rehearsals: Path) -> Path:

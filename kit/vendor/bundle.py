@@ -12,7 +12,11 @@ from kit.config import Recipe
 from kit.errors import BundleError
 from kit.paths import model_folder
 
-_FIT_FILES = ("config.json", "tokenizer.json", "metrics.json", "model*.safetensors", "model*.safetensors.index.json")
+_FIT_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "metrics.json", "model*.safetensors", "model*.safetensors.index.json",
+    "adapter_config.json", "adapter_model.safetensors", "base.json",
+)  # fmt: skip
+_ON_BASE = ("adapter_config.json", "base.json")  # what a fit has that holds no weights of its own
 _RUN_FILES = ("recipe.toml", "metrics.json", "oof.parquet", "folds.npy")
 
 
@@ -39,6 +43,9 @@ def pack_run(run: Path, out: Path, *, bundles: Path) -> Path:
     if not (run / "oof.parquet").is_file():
         raise BundleError(f"{run}: no oof.parquet, so the blend could not weigh this member: train every fold first")
     recipe = Recipe.load(run / "recipe.toml")
+    source = str(recipe.model.options["source"])
+    if any((run / fit / name).is_file() for fit in fits for name in _ON_BASE) and not source.startswith("bundle:"):
+        raise BundleError(f'{run}: is packed without its base, and model.source = "{source}" is no bundle: kit vendor weights, then bundle:NAME, and train again')
     index = json.loads((run / "inputs.json").read_text())["index"]
     files = [path for name in _RUN_FILES for path in run.glob(name)]
     files += [path for fit in fits for name in _FIT_FILES for path in sorted((run / fit).glob(name))]

@@ -11,6 +11,7 @@ import pytest
 
 import kit
 from kit import manifest, runtime
+from kit.config import Recipe
 from kit.rehearsal.doctor import CHECKS, doctor, examine, read_lock
 from kit.rehearsal.findings import Finding
 from kit.vendor.dataset import stage
@@ -367,6 +368,22 @@ def test_a_mounted_base_of_an_adapter_is_fine(mounts: Path) -> None:
     write_bundle(mounts / "big-model", "weights", {"config.json": "{}"})
     findings = examine(mounts)
     assert not faults(findings) and "its base model big-model is mounted" in said(findings, "adapters")
+
+
+@pytest.mark.parametrize(("fit", "kept"), [("adapter", "adapter_model.safetensors"), ("no weights", "base.json")])
+def test_a_member_whose_fits_need_a_base_names_it_where_it_is_not_mounted(mounts: Path, fit: str, kept: str) -> None:
+    folder = member(mounts)
+    (folder / "recipe.toml").write_text(Recipe.load("sample_qlora").to_toml(), encoding="utf-8")
+    for weights in folder.glob("*/model.safetensors"):
+        weights.rename(weights.with_name(kept))
+    renew(folder)
+    fault = the_only_fault(examine(mounts), "error", "members", f"{folder.name}: its base sample-lm is not mounted (bundles: ")
+    assert fault.todo == "attach the dataset sample-lm"
+    write_bundle(mounts / "sample-lm", "weights", {"config.json": "{}"})
+    assert not faults(examine(mounts))
+    (folder / "fold1" / kept).unlink()
+    renew(folder)
+    the_only_fault(examine(mounts), "error", "members", f"{folder.name}/fold1: no *.safetensors")
 
 
 def test_a_check_that_fails_itself_is_a_warning_and_the_others_go_on(mounts: Path) -> None:

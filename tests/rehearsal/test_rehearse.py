@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from kit import manifest
+from kit.config import Recipe
 from kit.data.tables import read_table
 from kit.errors import BundleError, ConfigError, DataError, RehearsalError
 from kit.rehearsal.rehearse import Rehearsal, rehearse, sample_datasets, staged_or_sample
@@ -109,6 +111,18 @@ def test_a_damaged_dataset_and_a_missing_competition_stop_it_before_anything_run
         play(tmp_path / "nowhere", ROOT / "notebooks" / "infer.ipynb", here, tmp_path / "artifacts")
     with pytest.raises(DataError, match=r"nowhere/test\.csv: no such file"):
         rehearse(staged, ROOT / "notebooks" / "infer.ipynb", tmp_path / "nowhere", profile=here, artifacts=tmp_path / "artifacts")
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_missing_base_is_named_before_anything_runs(staged: Path, here: Profile, tmp_path: Path) -> None:
+    datasets = copy_of(staged, tmp_path)
+    folder = next(datasets.glob("plain-*"))
+    (folder / "recipe.toml").write_text(Recipe.load("sample_qlora").to_toml(), encoding="utf-8")
+    found = manifest.read(folder)
+    entry = manifest.sha256(folder / "recipe.toml"), (folder / "recipe.toml").stat().st_size
+    manifest.write_atomically(folder / manifest.FILE, replace(found, files={**found.files, "recipe.toml": entry}).to_json())
+    with pytest.raises(BundleError, match=rf"^{folder.name}: its base sample-lm is not in {datasets} \(bundles: kit-code, .*\): stage it, too"):
+        play(datasets, ROOT / "notebooks" / "infer.ipynb", here, tmp_path / "artifacts")
     assert not (tmp_path / "artifacts").exists()
 
 

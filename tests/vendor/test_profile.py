@@ -22,7 +22,7 @@ from kit.vendor.profile import HERE, Package, Profile, Torch, capture_cell, ship
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ["kaggle-py312", "kaggle-py313"]
-VENDORED = {"bm25s", "faiss-cpu"}
+VENDORED = {"bitsandbytes", "bm25s", "faiss-cpu"}
 FACTS = json.loads('{"python": "3.12.13", "glibc": "2.35", "machine": "x86_64"}')
 
 
