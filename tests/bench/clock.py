@@ -323,7 +323,7 @@ def by_planner(case: Case, seconds: float) -> np.ndarray:
     players = [
         Player(
             member.name, world.fits[member.name], {view: world.sizes[member.name, view] for view in member.views},
-            cost.load_cost(member.bytes), cost.token_cost(member.bytes, "cpu"),
+            cost.load_cost(member.bytes), cost.token_cost(member.parameters, "cpu"),
         )
         for member in case.members
     ]  # fmt: skip
