@@ -1,4 +1,7 @@
-"""The dry run's machinery on a tiny setting: two notebooks in sealed boxes, from the sample competition to a submission."""
+"""The dry run's machinery on a tiny setting: two notebooks in sealed boxes, from the sample competition to a submission.
+
+One of the three members is an adapter in four bits, whose base lies beside it.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,16 @@ assert kit.__file__.startswith(sys.prefix), kit.__file__
 """
 TRAIN = f"""
 from kit.paths import find_competition
+from kit.vendor.weights import vendor_weights
 TEXT = {packed.RECIPE.format(folder='"competition"', pooling="match", retrieve="", lr=1e-3)!r}
 Path("tiny.toml").write_text(TEXT)
 folder = f"data.folder={{find_competition(INPUT, 'train.csv')}}"
-kit.pack([kit.train(kit.Recipe.load("tiny.toml", [folder, f"train.lr={{lr}}"])).folder for lr in (1e-3, 1e-5)])
+small = ["train.epochs=1", "train.batch_size=64"]
+sizes = ["model.vocab_size=400", "model.config.num_hidden_layers=1", "model.config.hidden_size=32", "model.config.intermediate_size=64"]
+base = kit.train(kit.Recipe.load("sample_lm", [folder, *small, *sizes]), full=True).folder / "full"
+vendor_weights(base, Path("artifacts/bundles"), name="sample-lm", licence="apache-2.0")
+recipes = [kit.Recipe.load("tiny.toml", [folder, f"train.lr={{lr}}"]) for lr in (1e-3, 1e-5)]
+kit.pack([kit.train(recipe).folder for recipe in (*recipes, kit.Recipe.load("sample_qlora", [folder, *small, "task.max_length=120"]))])
 """
 INFER = """
 assert [path.name for path in Path.cwd().iterdir() if path.suffix != ".ipynb"] == [], "nothing of an earlier run"
@@ -60,14 +69,15 @@ def test_both_notebooks_run_sealed_and_what_is_unchanged_is_not_run_again(tmp_pa
     assert summary["reused"] == []
     assert summary["failures"] == {}
     assert summary["rows"] == len(read_table(root / "submission.csv").frame) >= 120
-    unused = min(summary["weights"], key=summary["weights"].get)
-    assert summary["weights"][unused] == 0, "so the notebook does not score it"
+    alone = [f"infer {name} alone" for name, weight in sorted(summary["weights"].items()) if weight == 0]
+    assert alone, "what the notebook does not score"
+    assert sorted(name.partition("-")[0] for name in summary["weights"]) == ["sample", "tiny", "tiny"], "and no base"
     assert set(summary["map@3"]) >= {"random", "longest", "overlap", "test", "without_context", "oof", "folds", *summary["weights"]}
     assert all(0 <= estimate["value"] <= 1 for name, estimate in summary["map@3"].items() if name not in ("oof", "folds"))
     assert "blend = submission.csv" in table
 
     again, _ = dry_run(tmp_path / "artifacts", notebooks)
-    assert again["reused"] == ["train", "infer", "infer without contexts", f"infer {unused} alone"]
+    assert again["reused"] == ["train", "infer", "infer without contexts", *alone]
     assert again["map@3"] == summary["map@3"]
 
     write_notebooks(tmp_path / "notebooks", infer=INFER.replace("outcome.save", "outcome.failures['one'] = 'broke'; outcome.save"))
