@@ -6,6 +6,7 @@ is looked at only where it is asked for, through the library's own forward. Know
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ Batch = dict[str, Tensor]
 _LOGITS = 1 << 25  # numbers of the logits that exist at one time: 128 MB in float32
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, ABC):
     """States → log-probabilities (M,) of the tokens a batch asks for, or a linear head on the states (M, outputs) at those places.
 
     head: "words", the vocabulary's own, or "score", a new one. others: "score" sees the mean of its row's other states beside each.
@@ -51,22 +52,22 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     @property
+    @abstractmethod
     def decoder(self) -> Any:
         """What gives the states, without the vocabulary's head."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stacks(self) -> list[nn.Module]:
         """What has the layers, bottom → top."""
-        raise NotImplementedError
 
+    @abstractmethod
     def states(self, batch: Batch) -> Tensor:
         """The decoder's states (M, H) at the places that are asked for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, ids: Tensor, states: Tensor) -> Any:
         """The library's forward on ids (1, M), whose decoder stands still and gives states (M, H)."""
-        raise NotImplementedError
 
     def forward(self, batch: Batch) -> Tensor:
         """A batch of trees → (M,) or (M, outputs), float32; see kit.models.prefix and the class."""
