@@ -212,7 +212,7 @@ class LayerStream:
         shell.load_embedding({name: tensors[name]})
         for number, batch in enumerate(batches):
             if kept.done[number] < 0:
-                kept.put(number, shell.embed(batch), 0)
+                kept.put(number, shell.embed(batch).cpu(), 0)
         shell.forget_embedding()
 
     def _layer(self, number: int, slot: _Slot, batches: Sequence[Batch], kept: _States) -> None:
@@ -229,7 +229,7 @@ class LayerStream:
 
         def work(shell: _Shell, layer: nn.Module) -> None:
             for which in iter(lambda: _next(waiting), None):
-                kept.put(which, shell.layer(number, layer, batches[which], kept.get(which)), number + 1)
+                kept.put(which, shell.layer(number, layer, batches[which], kept.get(which)).cpu(), number + 1)
 
         _together(work, self._shells, built)
         self.pace.compute_s += time.perf_counter() - began
