@@ -29,7 +29,7 @@ _NO_MEMORY = (
     "MemoryError", "OutOfMemory", "bad_alloc", "t allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED",
     "could not create a primitive", "Resource temporarily unavailable",
 )  # fmt: skip  # the last two: oneDNN, and a new thread
-_ONE_COPY = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}  # transformers otherwise reads tensors faster than it places them, and holds most of the weights twice
+_ONE_COPY = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}  # transformers otherwise may read tensors faster than it places them, and hold them twice
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -111,7 +111,7 @@ def tells_of_memory(text: str) -> bool:
 
 
 def go_offline() -> None:
-    """Set every switch that stops a library from calling a model hub, or from holding weights twice. Call before importing transformers."""
+    """Set every switch that stops a library from calling a model hub, or lets one hold weights twice. Call before importing transformers."""
     os.environ.update(_OFFLINE | _ONE_COPY)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
 

@@ -27,6 +27,7 @@ import kit.models.encoder  # noqa: F401
 from kit import assemble, manifest, runtime
 from kit.config import Recipe, RetrievePart
 from kit.data.tables import read_table
+from kit.errors import BundleError
 from kit.inference.crew import Event, Fetch, Order
 from kit.inference.planner import FULL
 from kit.predict import collate_all, stream
@@ -110,8 +111,13 @@ class Scorer:
             return self._score(order, beat)
         if order.trial:
             return self._try(order, beat)
-        state = self._run / _PASSES / f"{order.member}.{order.fit}.{order.view}"
-        event = self._score(_resumed(state, order), beat, state)
+        state = _state_of(self._run, order, self._device)
+        try:
+            event = self._score(_resumed(state, order), beat, state)
+        except BundleError as error:  # the states there are of other texts: better a new pass than none
+            log.warning("%s: the pass begins anew: %s", state, error)
+            shutil.rmtree(state, ignore_errors=True)
+            event = self._score(_resumed(state, order), beat, state)
         shutil.rmtree(state, ignore_errors=True)
         return event
 
@@ -235,6 +241,11 @@ class Contexts:
             manifest.write_atomically(last, content)
         self._seen |= {first, last}
         self._known |= found
+
+
+def _state_of(run: Path, order: Order, device: str) -> Path:
+    """Where a pass over all layers keeps its states; every device has passes of its own, even of one member."""
+    return run / _PASSES / f"{order.member}.{order.fit}.{order.view}.{device.replace(':', '')}"
 
 
 def _resumed(state: Path, order: Order) -> Order:

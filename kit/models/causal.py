@@ -148,8 +148,7 @@ class Causal(LanguageModel):
         if model.adapter is not None:
             chosen = runtime.choose(model._precision)
             held = adapters.quantised_loading(model._quantise, dtype=chosen.dtype, device=chosen.device)
-        kind = AutoModelForCausalLM if model.has_words else AutoModel
-        model.backbone = read_backbone(kind, source, config, attn_implementation=ATTENTION, **held)
+        model.backbone = read_backbone(_KINDS["words" if model.has_words else "score"], source, config, attn_implementation=ATTENTION, **held)
         if model.adapter is not None:
             adapters.guard(model.backbone)
             model._base = base_of(source)

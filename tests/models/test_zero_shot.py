@@ -19,7 +19,7 @@ from kit.data.tables import read_table
 from kit.errors import BundleError, ConfigError
 from kit.inference.crew import Event, Order
 from kit.inference.pipeline import infer
-from kit.inference.scorer import Scorer
+from kit.inference.scorer import Scorer, _state_of
 from kit.models.causal import Causal
 from kit.models.zero_shot import ZeroShot
 from kit.predict import predict
@@ -279,6 +279,21 @@ def test_a_pass_that_was_cut_off_goes_on_with_its_own_rows(scorer: Scorer, shop:
     after, _ = finished(scorer, order(1, 2))
     assert after.rows == (1, 2)
     np.testing.assert_allclose(after.prediction, said(shop, "test.csv")[[1, 2]], atol=1e-5)
+
+
+def test_a_pass_whose_states_are_of_other_texts_begins_anew(scorer: Scorer, shop: Path, tmp_path: Path) -> None:
+    with pytest.raises(CutError):
+        scorer.work(order(0, 3, 5), cut_after(3))
+    (kept,) = tmp_path.glob("passes/*/run.json")
+    kept.write_text(json.dumps({"fingerprint": "another"}))
+    event, _ = finished(scorer, order(1, 2))
+    assert event.rows == (1, 2)
+    np.testing.assert_allclose(event.prediction, said(shop, "test.csv")[[1, 2]], atol=1e-5)
+
+
+def test_two_devices_never_share_the_states_of_a_pass(tmp_path: Path) -> None:
+    folders = {_state_of(tmp_path, order(0), device) for device in ("cuda:0", "cuda:1")}
+    assert len(folders) == 2 and folders == {_state_of(tmp_path, order(1, 2), device) for device in ("cuda:0", "cuda:1")}
 
 
 def test_a_pass_in_other_batches_begins_anew(scorer: Scorer) -> None:
