@@ -1,7 +1,7 @@
 """Metrics of the competitions: numpy in, float out. Knows no model, task or file.
 
-`prediction` (N, C) holds one score per option; `targets` (N,) the right option. Ties go to the earlier option, as in the
-submission.
+Of options: `prediction` (N, C) holds one score per option; `targets` (N,) the right option. Ties go to the earlier option, as in the
+submission. Of values: both (N, K).
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ def accuracy(prediction: np.ndarray, targets: np.ndarray) -> float:
 def accuracy_at_k(prediction: np.ndarray, targets: np.ndarray, k: int = 3) -> float:
     """Share of rows whose right option is among the best k."""
     return float((_rank_of_target(prediction, targets) < k).mean())
+
+
+def mcrmse(prediction: np.ndarray, targets: np.ndarray) -> float:
+    """Mean over the K columns of the root mean squared error, of predictions and targets (N, K): smaller is better."""
+    return float(rmse(prediction, targets).mean())
+
+
+def rmse(prediction: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Root mean squared error of each column, (K,) float64."""
+    return np.sqrt(np.square(prediction.astype(np.float64) - targets).mean(0))
 
 
 class Estimate(NamedTuple):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kit.metrics import accuracy, accuracy_at_k, average_precision, bootstrap, map_at_k
+from kit.metrics import accuracy, accuracy_at_k, average_precision, bootstrap, map_at_k, mcrmse, rmse
 
 
 @st.composite
@@ -114,3 +114,21 @@ def test_the_estimate_is_repeatable_and_depends_on_the_seed() -> None:
 
 def test_one_row_has_no_spread() -> None:
     assert bootstrap(mean_of, np.array([0.5]), np.array([0])) == (0.5, 0.0, 0.5, 0.5)
+
+
+_grades = arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=st.sampled_from([1.0, 1.5, 3.0, 4.5, 5.0]))
+
+
+@given(_grades, st.integers(0, 99))
+def test_mcrmse_equals_a_plain_loop(targets: np.ndarray, seed: int) -> None:
+    prediction = np.random.default_rng(seed).uniform(0, 6, targets.shape).astype(np.float32)
+    rows, columns = targets.shape
+    each = [math.sqrt(math.fsum((float(prediction[n, k]) - float(targets[n, k])) ** 2 for n in range(rows)) / rows) for k in range(columns)]
+    assert rmse(prediction, targets).tolist() == pytest.approx(each, abs=1e-12)
+    assert mcrmse(prediction, targets) == pytest.approx(math.fsum(each) / columns, abs=1e-12)
+    assert mcrmse(targets, targets) == 0.0
+
+
+def test_mcrmse_of_the_mean_is_the_mean_deviation() -> None:
+    targets = np.random.default_rng(0).normal(3, 0.65, (500, 6))
+    assert mcrmse(np.broadcast_to(targets.mean(0), targets.shape), targets) == pytest.approx(targets.std(0).mean(), abs=1e-12)

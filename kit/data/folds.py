@@ -1,4 +1,4 @@
-"""Rows → folds: stratified, grouped or random. Does not know what a row or a stratum means.
+"""Rows → folds: stratified (by one label or several), grouped or random. Does not know what a row or a stratum means.
 
 A fold is the validation part of one fit; every row is in exactly one. The same arguments give the same folds on every machine.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold
 
-from kit.errors import DataError
+from kit.errors import DataError, DependencyError
 
 _MOST = np.iinfo(np.int8).max
 
@@ -21,16 +21,17 @@ def make_folds(
     count: int,
     folds: int,
     *,
-    by: Literal["stratified", "grouped", "random"],
+    by: Literal["stratified", "multilabel", "grouped", "random"],
     strata: Sequence[object] | np.ndarray | None = None,
     groups: Sequence[object] | np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
     """Fold of each of `count` rows, (N,) int8 in 0 … folds - 1.
 
-    stratified: each of the `strata` (N,) is spread evenly, within one row. grouped: rows of equal `groups` (N,) stay together,
-    the folds as equal in size (or in strata, when given) as that allows. random: by chance. Stratified and random folds differ
-    in size by at most one row. Raises DataError for more folds than rows or groups, and for a missing group.
+    stratified: each of the `strata` (N,) is spread evenly, within one row; of several labels a row, (N, K), each combination.
+    multilabel: each label of each of the K columns is spread about evenly, the rarest first. grouped: rows of equal `groups` (N,)
+    stay together, the folds as equal in size (or in strata, when given) as that allows. random: by chance. Stratified and random
+    folds differ in size by at most one row. Raises DataError for more folds than rows or groups, and for a missing group.
     """
     if not 2 <= folds <= _MOST:
         raise DataError(f"data.folds = {folds}: give 2 to {_MOST}")
@@ -41,6 +42,8 @@ def make_folds(
         return _assigned(count, KFold(folds, shuffle=True, random_state=seed % 2**32).split(np.zeros(count)))
     if by == "stratified":
         return _deal(_codes(count, "strata", strata), folds, rng)
+    if by == "multilabel":
+        return _spread(_columns(count, strata), folds, seed % 2**32)
     return _group(count, folds, _codes(count, "groups", groups), None if strata is None else _codes(count, "strata", strata), rng)
 
 
@@ -50,6 +53,18 @@ def _deal(strata: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarra
     fold = np.empty(len(strata), np.int8)
     fold[np.lexsort((rng.random(len(strata)), strata))] = np.arange(len(strata)) % folds
     return fold
+
+
+def _spread(columns: Sequence[np.ndarray], folds: int, seed: int) -> np.ndarray:
+    """Iterative stratification (Sechidis et al. 2011) of columns of codes (N,): every code of every column is a label that a row has or has not."""
+    try:
+        from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+    except ModuleNotFoundError:
+        why = 'data.fold_by = "multilabel" needs package iterative-stratification'
+        raise DependencyError(f'{why}: pip install iterative-stratification, or set data.fold_by = "stratified"') from None
+    count = len(columns[0])
+    labels = np.concatenate([np.ones((count, 1), bool), *(codes[:, None] == np.arange(codes.max() + 1) for codes in columns)], 1)
+    return _assigned(count, MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels))
 
 
 def _group(count: int, folds: int, groups: np.ndarray, strata: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
@@ -75,11 +90,16 @@ def _assigned(count: int, splits: Iterable[tuple[np.ndarray, np.ndarray]]) -> np
     return fold
 
 
+def _columns(count: int, strata: Sequence[object] | np.ndarray | None) -> list[np.ndarray]:
+    """Codes (N,) of each column of labels (N, K), or of the one of (N,)."""
+    return [_codes(count, "strata", column) for column in (strata.T if isinstance(strata, np.ndarray) and strata.ndim == 2 else [strata])]
+
+
 def _codes(count: int, name: str, labels: Sequence[object] | np.ndarray | None) -> np.ndarray:
-    """Labels (N,) → 0, 1, … in order of first appearance, so that folds do not depend on how labels sort. Raises DataError."""
+    """Labels (N,), or rows of labels (N, K), → 0, 1, … in order of first appearance, so that folds do not depend on how labels sort. Raises DataError."""
     if labels is None or len(labels) != count:
         raise DataError(f"folds of {count} rows need {name} of as many, not {'none' if labels is None else len(labels)}")
-    series = pd.Series(labels)
+    series = pd.Series(list(map(tuple, labels)) if isinstance(labels, np.ndarray) and labels.ndim == 2 else labels)
     blank = series.isna() | series.map(lambda label: isinstance(label, str) and not label.strip())
     if name == "groups" and blank.any():
         raise DataError(f"row {int(blank.to_numpy().argmax()) + 1}: the group (data.group) is missing: fill it, or fold by another column")

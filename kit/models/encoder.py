@@ -37,7 +37,7 @@ class Encoder(nn.Module):
         if pooling != "none" and pooling not in POOLINGS:
             raise ConfigError(f"model.pooling = {pooling!r} is unknown{nearest(pooling, [*POOLINGS, 'none'])}")
         self.backbone = draw_backbone(AutoModel, config)
-        pool: Any = None if pooling == "none" else POOLINGS[pooling](config.hidden_size)
+        pool: Any = None if pooling == "none" else POOLINGS[pooling](config.hidden_size, config.num_hidden_layers)
         self.pool = pool
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(pool.width if pool else config.hidden_size, outputs)
@@ -91,8 +91,10 @@ class Encoder(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(R, T) ids → (R, outputs) or (R, T, outputs), float32."""
         types = {"token_type_ids": batch["token_type_ids"]} if self._takes_types else {}
-        hidden = self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types).last_hidden_state
-        pooled = self.pool(hidden, batch) if self.pool else hidden
+        asked = {"output_hidden_states": True} if self.pool and self.pool.needs_layers else {}
+        found = self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types, **asked)
+        states = (*(found.hidden_states[:-1] if asked else ()), found.last_hidden_state)  # some families normalise the last one only there
+        pooled = self.pool(states, batch) if self.pool else states[-1]
         return self.head(self.dropout(pooled).to(self.head.weight.dtype)).float()
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
 
 from kit.data.folds import make_folds
-from kit.errors import DataError
+from kit.errors import DataError, DependencyError
+
+iterative = pytest.mark.skipif(find_spec("iterstrat") is None, reason="package iterative-stratification is not installed")
 
 
 def sizes(fold: np.ndarray, folds: int) -> np.ndarray:
@@ -49,6 +53,53 @@ def test_strata_that_are_all_smaller_than_the_folds_are_dealt_by_chance() -> Non
     fold = make_folds(20, 5, by="stratified", strata=strata)
     assert sizes(fold, 5).tolist() == [4] * 5
     assert fold.tolist() != [row % 5 for row in range(20)]
+
+
+def grades(count: int, seed: int = 0) -> np.ndarray:
+    """Six grades (N, 6) in half points that go together, as those of essays."""
+    rng = np.random.default_rng(seed)
+    own = rng.normal(3, 0.6, (count, 1))
+    return (np.rint(2 * (own + rng.normal(0, 0.4, (count, 6)))) / 2).clip(1, 5)
+
+
+def unevenness(fold: np.ndarray, strata: np.ndarray, folds: int) -> float:
+    """By how many rows, in the mean, a fold holds more or less of a grade than an even share."""
+    counts = [table_of(fold, column, folds) for column in strata.T]
+    return float(np.mean([abs(count - count.mean(1, keepdims=True)).mean() for count in counts]))
+
+
+@iterative
+@pytest.mark.parametrize("seed", range(3))
+def test_multilabel_folds_spread_every_grade_of_every_column(seed: int) -> None:
+    strata = grades(600, seed)
+    fold = make_folds(600, 4, by="multilabel", strata=strata, seed=seed)
+    assert np.ptp(sizes(fold, 4)) <= 12
+    assert unevenness(fold, strata, 4) < 0.5 * unevenness(make_folds(600, 4, by="random", seed=seed), strata, 4)
+
+
+@iterative
+@given(st.data(), st.integers(2, 6), st.integers(-3, 3))
+def test_no_multilabel_fold_is_empty(data: st.DataObject, folds: int, seed: int) -> None:
+    rows = data.draw(st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=folds, max_size=30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fold = make_folds(len(rows), folds, by="multilabel", strata=np.array(rows), seed=seed)
+    assert sizes(fold, folds).min() >= 1
+
+
+@iterative
+def test_multilabel_folds_of_one_column_are_those_of_its_labels() -> None:
+    strata = np.random.default_rng(0).choice(list("ABC"), 90, p=[0.6, 0.3, 0.1])
+    fold = make_folds(90, 3, by="multilabel", strata=strata)
+    assert np.ptp(table_of(fold, strata, 3), axis=1).max() <= 1
+    assert fold.tolist() == make_folds(90, 3, by="multilabel", strata=strata[:, None]).tolist()
+    assert sizes(make_folds(9, 3, by="multilabel", strata=["A"] * 9), 3).tolist() == [3] * 3
+
+
+def test_stratified_folds_of_several_labels_spread_each_combination() -> None:
+    strata = np.array([[row % 2, row % 3 == 0] for row in range(120)])
+    fold = make_folds(120, 5, by="stratified", strata=strata)
+    assert np.ptp(table_of(fold, strata @ [2, 1], 5), axis=1).max() <= 1
 
 
 @given(st.integers(2, 50), st.integers(2, 9), st.integers(-3, 3))
@@ -97,6 +148,14 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@iterative
+def test_the_same_seed_gives_the_same_multilabel_folds_and_another_seed_others() -> None:
+    def folds(strata: np.ndarray, seed: int = 0) -> list[int]:
+        return make_folds(60, 5, by="multilabel", strata=strata, seed=seed).tolist()
+
+    assert folds(grades(60)) == folds(grades(60)) == folds(10 - grades(60)) != folds(grades(60), seed=1)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_seed_gives_the_same_folds_and_another_seed_others(case: dict[str, Any]) -> None:
     first = make_folds(60, 5, **case)
@@ -128,9 +187,18 @@ def test_as_many_folds_as_rows_leaves_one_out() -> None:
         (3, 2, {"by": "grouped", "groups": [1.0, 2.0, float("nan")]}, r"row 3: the group \(data.group\) is missing"),
         (4, 2, {"by": "grouped"}, "folds of 4 rows need groups of as many, not none"),
         (4, 2, {"by": "stratified"}, "folds of 4 rows need strata of as many, not none"),
+        (4, 2, {"by": "multilabel"}, "folds of 4 rows need strata of as many, not none"),
+        (4, 2, {"by": "multilabel", "strata": np.zeros((3, 2))}, "folds of 4 rows need strata of as many, not 3"),
         (4, 2, {"by": "stratified", "strata": ["A"] * 3}, "folds of 4 rows need strata of as many, not 3"),
     ],
 )
 def test_folds_that_cannot_be_are_refused(count: int, folds: int, case: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         make_folds(count, folds, **case)
+
+
+def test_multilabel_folds_say_which_package_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("iterstrat", "iterstrat.ml_stratifiers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DependencyError, match='data.fold_by = "multilabel" needs package iterative-stratification: pip install iterative-stratification, or set'):
+        make_folds(4, 2, by="multilabel", strata=list("abab"))

@@ -49,11 +49,38 @@ def names_of(model: Encoder, group: int) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
 
 
-@pytest.mark.parametrize("pooling", sorted(POOLINGS))
+@pytest.mark.parametrize("pooling", sorted(POOLINGS.keys() - {"last4"}))
 def test_with_a_pooling_it_gives_a_row_of_outputs_per_sequence(folder: Path, pooling: str) -> None:
     model = tiny.encoder(folder, outputs=3, pooling=pooling)
     scores = output(model, batch_of(folder))
     assert (model.gives, scores.shape, scores.dtype) == ("row", (4, 3), torch.float32) and torch.isfinite(scores).all()
+
+
+def test_a_pooling_of_layers_is_given_what_the_backbone_says_of_each(folder: Path, family: str) -> None:
+    model = tiny.encoder(folder, pooling="weighted").eval()
+    with torch.inference_mode():
+        torch.nn.init.normal_(model.pool.score)
+        batch = batch_of(folder)
+        types = {"token_type_ids": batch["token_type_ids"]} if family in ("bert", "electra", "roberta") else {}
+        said = model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True, **types)
+        assert len(said.hidden_states) == 1 + tiny.LAYERS and torch.equal(said.hidden_states[-1], said.last_hidden_state)
+        torch.testing.assert_close(model(batch), model.head(model.pool(said.hidden_states, batch)))
+
+
+def test_the_last_four_layers_of_a_deeper_model_stand_side_by_side(tmp_path: Path) -> None:
+    model = tiny.encoder(tiny.encoder_folder(tmp_path, "bert", num_hidden_layers=5), outputs=2, pooling="last4")
+    assert model.head.in_features == 4 * tiny.HIDDEN
+    assert output(model, batch_of(tmp_path)).shape == (4, 2)
+
+
+@pytest.mark.parametrize("pooling", ["gem", "weighted", "lstm"])
+def test_a_pooling_with_weights_is_saved_with_them(folders: dict[str, Path], tmp_path: Path, pooling: str) -> None:
+    model = tiny.encoder(folders["bert"], pooling=pooling)
+    for parameter in model.pool.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save(tmp_path)
+    batch = batch_of(folders["bert"])
+    assert torch.equal(output(Encoder.load(tmp_path, outputs=1, pooling=pooling), batch), output(model, batch))
 
 
 def test_without_pooling_it_gives_outputs_per_token(folder: Path) -> None:
@@ -62,7 +89,7 @@ def test_without_pooling_it_gives_outputs_per_token(folder: Path) -> None:
     assert (model.gives, output(model, batch).shape) == ("token", (*batch["input_ids"].shape, 2))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention", "match", "none"])
+@pytest.mark.parametrize("pooling", ["mean", "attention", "gem", "weighted", "lstm", "match", "none"])
 def test_layer_groups_hold_each_parameter_once(folder: Path, pooling: str) -> None:
     model = tiny.encoder(folder, pooling=pooling)
     groups = model.layer_groups()
