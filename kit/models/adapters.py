@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,12 @@ from kit.manifest import write_atomically
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 QUANTISATIONS = ("none", "nf4")
-OPTIMIZERS = ("adamw", "paged_adamw_8bit")
+OPTIMIZERS = ("adamw", "paged_adamw_8bit", "adam", "adadelta")
+_OWN: dict[str, Callable[[Any], torch.optim.Optimizer]] = {  # torch's optimizers
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adam": partial(torch.optim.Adam, fused=True),
+    "adadelta": partial(torch.optim.Adadelta, rho=0.95, eps=1e-6),
+}
 _NAME = "default"  # of the adapter, to peft
 _PREFIX = "base_model.model."  # what peft puts before a parameter's name in its files
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -518,15 +523,16 @@ def _forget_quantisation(model: Any, dtype: torch.dtype) -> None:
 
 
 def make_optimizer(groups: list[dict[str, Any]], kind: str) -> torch.optim.Optimizer:
-    """AdamW over parameter groups: "adamw", fused, or "paged_adamw_8bit", whose moments take 2 bytes a parameter instead of 8.
+    """Over parameter groups: AdamW, "adamw", fused, or "paged_adamw_8bit", whose moments take 2 bytes a parameter instead of 8; "adam", fused; "adadelta".
 
     On CUDA the latter's moments move to the machine's memory when the GPU's runs out; on the CPU there is nothing to move, the numbers are the
-    same. Moments of tensors with fewer than 4,096 elements stay in float32. Raises ConfigError, DependencyError.
+    same. Moments of tensors with fewer than 4,096 elements stay in float32. In the last two weight decay is a part of the gradient. Adadelta (Zeiler
+    2012) finds the size of its steps itself: rates are near 1. Raises ConfigError, DependencyError.
     """
     if kind not in OPTIMIZERS:
         raise ConfigError(f"train.optimizer = {kind!r} is unknown{nearest(str(kind), OPTIMIZERS)}")
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
+    if kind in _OWN:
+        return _OWN[kind](groups)
     optimizers = _bitsandbytes('set train.optimizer = "adamw"').optim
     on_cuda = any(parameter.is_cuda for group in groups for parameter in group["params"])
     made: torch.optim.Optimizer = (optimizers.PagedAdamW8bit if on_cuda else optimizers.AdamW8bit)(groups)

@@ -24,7 +24,7 @@ from kit.errors import BundleError, ConfigError
 from kit.models import adapters
 from kit.models.checkpoint import load_weights, save_weights
 from kit.models.encoder import checkpoint_activations, draw_backbone, make_config, position_limit, read_backbone, read_config, read_tokens
-from kit.models.language import LanguageModel
+from kit.models.language import LanguageModel, fused
 from kit.models.prefix import ATTENTION, Sharing, check_sharing, hidden_states
 from kit.models.tokens import HFTokens, train_byte_level
 
@@ -63,7 +63,7 @@ class Causal(LanguageModel):
 
         def backbone() -> Any:
             with init_empty_weights() if adapter is not None else nullcontext():  # those of an adapter's base are read, never drawn
-                return draw_backbone(_KINDS[head], config, attn_implementation=ATTENTION)
+                return fused(draw_backbone(_KINDS[head], config, attn_implementation=ATTENTION))
 
         super().__init__(backbone, config, outputs=outputs, head=head, others=others, dropout=dropout)
         self.sharing = sharing
@@ -148,7 +148,7 @@ class Causal(LanguageModel):
         if model.adapter is not None:
             chosen = runtime.choose(model._precision)
             held = adapters.quantised_loading(model._quantise, dtype=chosen.dtype, device=chosen.device)
-        model.backbone = read_backbone(_KINDS["words" if model.has_words else "score"], source, config, attn_implementation=ATTENTION, **held)
+        model.backbone = fused(read_backbone(_KINDS["words" if model.has_words else "score"], source, config, attn_implementation=ATTENTION, **held))
         if model.adapter is not None:
             adapters.guard(model.backbone)
             model._base = base_of(source)

@@ -10,19 +10,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
+from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kit.errors import ConfigError
 from kit.models.encoder import layer_groups, layers_of, reinit_layers
 
 Batch = dict[str, Tensor]
-_LOGITS = 1 << 25  # numbers of the logits that exist at one time: 128 MB in float32
+_LOGITS = 1 << 26  # numbers of the logits that exist at one time: 256 MB in float32
+_AT_ONCE = 1 << 19  # of these, so many are looked at together: what they become on the way stays in a processor's cache
 
 
 class LanguageModel(nn.Module, ABC):
@@ -97,13 +100,40 @@ class LanguageModel(nn.Module, ABC):
         parts = []
         for begin in range(0, len(states), step):
             part = states[begin : begin + step], token[begin : begin + step]
-            parts.append(checkpoint(self._of_part, *part, use_reentrant=False) if torch.is_grad_enabled() else self._of_part(*part))
+            several = torch.is_grad_enabled() and len(states) > step  # all logits at once would take the memory
+            parts.append(checkpoint(self._of_part, *part, use_reentrant=False) if several else self._of_part(*part))
         return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
 
     def _of_part(self, states: Tensor, token: Tensor) -> Tensor:
         with _gives(self.decoder, states):
-            logits = self.run(torch.zeros(1, len(states), dtype=torch.long, device=states.device), states).logits[0].float()
-        return logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+            logits = self.run(torch.zeros(1, len(states), dtype=torch.long, device=states.device), states).logits.flatten(0, 1).float()
+        return cast(Tensor, _LogProbabilities.apply(logits, token))
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """Of a token (M,) by logits (M, V) in float32. Nothing of the logits' size is made: the backward pass writes their gradient over them.
+
+    So nobody else may need them, and a second backward pass through the same graph raises RuntimeError.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token: Tensor) -> Tensor:
+        total = torch.cat([part.logsumexp(-1) for part in logits.split(_rows_at_once(logits))])
+        ctx.save_for_backward(logits, token, total)
+        return logits.gather(-1, token[:, None])[:, 0] - total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, token, total = ctx.saved_tensors
+        logits, rows = logits.detach(), _rows_at_once(logits)
+        for part, normaliser, factor in zip(logits.split(rows), total[:, None].split(rows), (-gradient)[:, None].split(rows), strict=True):
+            part.sub_(normaliser).exp_().mul_(factor)
+        return logits.scatter_add_(-1, token[:, None], gradient[:, None]), None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return len(logits) if logits.is_cuda else max(1, _AT_ONCE // logits.shape[1])  # a GPU would wait for each of many small kernels
 
 
 @dataclass
@@ -126,6 +156,15 @@ def _gives(decoder: nn.Module, states: Tensor) -> Iterator[None]:
         del decoder.forward
         if kept is not None:
             decoder.forward = kept
+
+
+def fused(backbone: Any) -> Any:
+    """The backbone, whose activations as GPT-2 has them, eight passes over their numbers, are one: the same function, equal to rounding."""
+    for module in list(backbone.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return backbone
 
 
 def _mean_of_others(states: Tensor, owner: Tensor, rows: int) -> Tensor:

@@ -67,8 +67,17 @@ def hidden_states(decoder: nn.Module, batch: Batch, sharing: Sharing) -> Tensor:
 
 def _in_one_pass(decoder: nn.Module, batch: Batch) -> Tensor:
     branch, positions = batch["branch"], batch["position_ids"]
+    if _is_plain(branch):  # as the library has it: padding on the right is seen by no token of a text
+        there = torch.ones_like(branch)  # else transformers looks for padding, and warns of it
+        plain: Tensor = decoder(input_ids=batch["input_ids"], attention_mask=there, use_cache=False)[0]
+        return plain.flatten(0, 1)[batch["at"]]
     hidden = _run(decoder, batch["input_ids"], positions, branch, positions, branch, parts=_parts(branch))
     return hidden.flatten(0, 1)[batch["at"]]
+
+
+def _is_plain(branch: Tensor) -> bool:
+    """Whether rows are texts without branches, padded on the right."""
+    return not bool((branch[:, 0] != 0).any() | (branch[:, 1:] > branch[:, :-1]).any())
 
 
 def _parts(branch: Tensor) -> list[list[slice]]:
@@ -204,7 +213,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """
     places = _PLACES.get()
     if places is None:
-        return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})  # `_attention` cannot know that a mask was left out
+        return sdpa_mask(*args, **kwargs)
     of_row = torch.arange(len(places.queries), device=places.queries.device)[:, None, None]
     seen = kwargs["mask_function"](of_row, 0, places.queries[:, :, None], places.keys[:, None, :])
     mask = (seen & places.related)[:, None]
@@ -222,7 +231,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _product(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-    """SDPA; by hand what it does not have: soft-capped scores (Gemma 2), and a score of each head for seeing nothing (gpt-oss)."""
+    """SDPA; by hand what it does not have: soft-capped scores (Gemma 2), and a score of each head for seeing nothing (gpt-oss). No mask: a plain text."""
     cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if cap is None and sinks is None:
         attended: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
@@ -232,8 +241,9 @@ def _product(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
     scores = query @ key.transpose(2, 3) * (kwargs.get("scaling") or query.shape[-1] ** -0.5)
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask is None:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])  # a single query sees all keys
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1).to(scores.dtype)], -1)
     weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
@@ -243,14 +253,14 @@ def _product(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
 
 def _by_parts(made: _Made, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
     """Each trunk sees itself, each branch the trunk and itself: no products of branches with other branches, which the mask would only throw away."""
-    outputs, by_hand = [], kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    outputs = []
     for row, parts in enumerate(made.parts):
         q, k, v, of_row = (tensor[row : row + 1] for tensor in (query, key, value, mask))
         trunk, states = parts[0], [q.new_zeros(1, parts[0].start, q.shape[1], v.shape[-1])]
         for part in parts:
             columns = [part] if part is trunk else [trunk, part]
             keys, values = (torch.cat([tensor[:, :, place] for place in columns], 2) for tensor in (k, v))
-            seen = None if made.plain and part is trunk and not by_hand else torch.cat([of_row[:, :, part, place] for place in columns], 3)
+            seen = None if made.plain and part is trunk else torch.cat([of_row[:, :, part, place] for place in columns], 3)
             states.append(_product(module, q[:, :, part], keys, values, seen, **kwargs))
         states.append(q.new_zeros(1, q.shape[2] - parts[-1].stop, q.shape[1], v.shape[-1]))
         outputs.append(torch.cat(states, 1))

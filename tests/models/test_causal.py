@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.activations import NewGELUActivation
 
 from kit.errors import BundleError, ConfigError
 from kit.models import language
@@ -59,6 +60,49 @@ def test_the_vocabulary_is_looked_at_in_parts(llama: Path, monkeypatch: pytest.M
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def plain_batch(lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Texts without branches, padded on the right, every token but the first asked for."""
+    rows, width = len(lengths), max(lengths)
+    ids = torch.randint(3, decoders.VOCABULARY, (rows, width), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(width).expand(rows, width)
+    branch = torch.where(positions < torch.tensor(lengths)[:, None], 0, -1)
+    row, column = (branch[:, 1:] == 0).nonzero(as_tuple=True)
+    return {"input_ids": ids, "position_ids": positions, "branch": branch, "at": row * width + column, "token": ids[row, column + 1]}
+
+
+@pytest.mark.parametrize("at_once", [1, 5 * decoders.VOCABULARY, 1 << 20])
+def test_gradients_are_those_of_the_librarys_log_softmax(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """The logits become their gradient in place, so many numbers at a time."""
+    monkeypatch.setattr(language, "_AT_ONCE", at_once)
+    model, reference, batch = Causal.create(folder, outputs=1), decoders.stock(folder.name[:-1]), plain_batch([12, 7, 9])
+    weight = torch.randn(len(batch["at"]), generator=torch.Generator().manual_seed(1))
+    (model(batch) * weight).sum().backward()
+    logits = reference(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)[batch["at"]]
+    (logits.log_softmax(-1).gather(-1, batch["token"][:, None])[:, 0] * weight).sum().backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.backbone.named_parameters():
+        largest = float(expected[name].grad.abs().max())
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5 * max(1.0, largest), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_second_backward_pass_through_the_same_logits_is_refused(llama: Path) -> None:
+    found = Causal.create(llama, outputs=1)(plain_batch([6, 4])).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+
+
+def test_the_activation_of_gpt2_is_one_operation_and_the_folder_says_what_it_said(tmp_path: Path) -> None:
+    decoders.stock("gpt2").save_pretrained(tmp_path / "stock")
+    made = [Causal.create(tmp_path / "stock", outputs=1), Causal.load(tmp_path / "stock", outputs=1)]
+    for model in made:
+        kinds = [type(module) for module in model.modules()]
+        assert kinds.count(torch.nn.GELU) == 3 and NewGELUActivation not in kinds
+    made[0].save(tmp_path / "own")
+    names = [json.loads((tmp_path / name / "config.json").read_text())["activation_function"] for name in ("stock", "own")]
+    assert names == ["gelu_new", "gelu_new"]
 
 
 def last_places(trees: decoders.Trees) -> torch.Tensor:

@@ -69,6 +69,47 @@ def test_a_trunk_without_branches_is_a_plain_text(pair: tuple[Any, Any], sharing
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_texts_without_branches_are_what_each_is_alone_whatever_pads_them(pair: tuple[Any, Any], left: bool) -> None:
+    """Padded on the right they take the library's own way, on the left that of trees."""
+    reference, ours = pair
+    texts = [trunk for trunk, _ in decoders.trees(4, 1).texts]
+    width = max(map(len, texts))
+    batch = {name: torch.full((4, width), value) for name, value in (("input_ids", 0), ("position_ids", 0), ("branch", -1))}
+    for row, text in enumerate(texts):
+        place = slice(width - len(text), width) if left else slice(len(text))
+        batch["input_ids"][row, place], batch["branch"][row, place] = text, 0
+        batch["position_ids"][row, place] = torch.arange(len(text))
+    batch["at"] = (batch["branch"].flatten() == 0).nonzero()[:, 0]
+    with torch.no_grad():
+        expected = torch.cat([reference.get_decoder()(input_ids=text[None], use_cache=False)[0][0] for text in texts])
+        torch.testing.assert_close(hidden_states(ours.get_decoder(), batch, "tree"), expected, rtol=0, atol=1e-4)
+
+
+def test_texts_without_branches_are_attended_to_at_once_and_without_a_mask() -> None:
+    ours = decoders.shared(decoders.stock("gpt2"), "gpt2").get_decoder()
+    ids = torch.arange(3, 43).view(2, 20)
+    batch = {"input_ids": ids, "position_ids": torch.arange(20).expand(2, 20), "branch": torch.zeros_like(ids), "at": torch.arange(40)}
+    batch["branch"][1, 15:] = -1
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        hidden_states(ours, batch, "tree")
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::scaled_dot_product_attention"] == 3, "one a layer"
+    assert "aten::tril" not in calls and "aten::bitwise_and" not in calls
+
+
+def test_a_family_that_scores_by_column_may_learn_from_texts_without_branches() -> None:
+    sizes = {"vocab_size": 120, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    config = AutoConfig.for_model("bloom", **sizes)
+    reference, ours = (AutoModelForCausalLM.from_config(config, attn_implementation=name).eval() for name in ("eager", ATTENTION))
+    ours.load_state_dict(reference.state_dict())
+    ids = torch.arange(3, 17)[None]
+    batch = {"input_ids": ids, "position_ids": torch.arange(14)[None], "branch": torch.zeros_like(ids), "at": torch.arange(14)}
+    with torch.no_grad():
+        expected = reference.get_decoder()(input_ids=ids, use_cache=False)[0][0]
+        torch.testing.assert_close(hidden_states(ours.get_decoder(), batch, "tree"), expected, rtol=0, atol=1e-4)
+
+
 def test_gradients_are_those_of_the_texts_alone() -> None:
     reference = decoders.stock("mistral")
     ours = decoders.shared(reference, "mistral")
