@@ -18,7 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kit.errors import ConfigError, nearest
 
-_LATER: dict[str, dict[str, Any]] = {"data": {"teacher": None}, "train": {"optimizer": "adamw"}}
+_LATER: dict[str, dict[str, Any]] = {
+    "data": {"teacher": None, "pretrain": []},
+    "train": {"optimizer": "adamw", "awp": 0.0, "awp_from": 0, "ema": 0.0, "swa": 0, "pretrain_epochs": 0},
+}
 """Settings that came after runs had been named, with the values that say what was done before them: these leave a run its name."""
 
 Schedule = Literal["linear", "cosine", "constant", "step", "exponential", "polynomial"]
@@ -49,12 +52,14 @@ class DataPart(_Part):
     extra: tuple[str, ...] = ()
     """More training tables; never in a validation part."""
     folds: int = Field(5, ge=2)
-    fold_by: Literal["stratified", "grouped", "random"] = "stratified"
+    fold_by: Literal["stratified", "multilabel", "grouped", "random"] = "stratified"
     group: str | None = None
     """Column whose equal values stay in one fold (fold_by = "grouped")."""
     fold_seed: int = 0
     teacher: str | None = None
     """A run on the same rows and folds (run:NAME, bundle:NAME or a folder), whose probabilities task.distill mixes into the loss."""
+    pretrain: tuple[str, ...] = ()
+    """Tables of pseudo-labels, which every fit learns before its own rows, and on which nothing is validated; with columns p0 … they are soft."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -100,10 +105,24 @@ class TrainPart(_Part):
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of all steps in which the rate climbs from 0."""
     clip: float = Field(1.0, gt=0)
-    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
-    """The 8-bit one (bitsandbytes) keeps a quarter of the state, and pages it to the CPU's memory where the GPU's runs out."""
+    optimizer: Literal["adamw", "paged_adamw_8bit", "adam", "adadelta"] = "adamw"
+    """The 8-bit one (bitsandbytes) keeps a quarter of the state, and pages it to the CPU's memory where the GPU's runs out. Adadelta wants rates near 1."""
     fgm: float = Field(0.0, ge=0)
     """Length of the FGM perturbation of the input embeddings (0: no adversarial pass)."""
+    awp: float = Field(0.0, ge=0)
+    """Size of the adversarial perturbation of every weight matrix, as a share of its norm (0: none)."""
+    awp_from: int = Field(0, ge=0)
+    """Epochs that are trained before AWP begins."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay per step of the running mean of the weights that is validated and kept (0: none)."""
+    swa: int = Field(0, ge=0)
+    """Epochs at the end whose weights are averaged; the average is validated and kept (0: none)."""
+    pretrain_epochs: int = Field(0, ge=0)
+    """Epochs on data.pretrain, with a schedule of their own."""
+    save_steps: int = Field(0, ge=0)
+    """Steps of an epoch after which a fit can go on where it was killed (0: after whole epochs only)."""
+    eval_steps: int = Field(0, ge=0)
+    """Steps of an epoch after which the validation rows are scored for the curve (0: after whole epochs only); which epoch is kept does not depend on it."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     freeze_embeddings: bool = False
@@ -123,6 +142,19 @@ class TrainPart(_Part):
             raise ValueError("train.fgm needs gradients of the input embeddings, but train.freeze_embeddings = true: set train.fgm = 0 or unfreeze")
         if self.fgm and self.freeze_layers:
             raise ValueError("train.fgm needs gradients of the input embeddings, but train.freeze_layers > 0 freezes them: set one of the two to 0")
+        if self.fgm and self.awp:
+            raise ValueError("train.fgm and train.awp are both adversarial: set one of the two to 0")
+        if self.awp_from and not self.awp:
+            raise ValueError(f"train.awp_from = {self.awp_from}, but train.awp = 0: set train.awp, or train.awp_from = 0")
+        for name, needed in (("awp_from", self.awp_from + 1 if self.awp_from else 0), ("swa", self.swa)):
+            if needed > self.epochs:
+                raise ValueError(f"train.{name} = {getattr(self, name)} needs at least {needed} epochs, but train.epochs = {self.epochs}: change one of the two")
+        if self.ema and self.swa:
+            raise ValueError("train.ema and train.swa both average weights: set one of the two to 0")
+        if self.patience and self.swa:
+            raise ValueError("train.patience may stop before the last epochs, which train.swa averages: set one of the two to 0")
+        if self.pretrain_epochs and not self.epochs:
+            raise ValueError(f"train.pretrain_epochs = {self.pretrain_epochs}, but train.epochs = 0 trains nothing: change one of the two")
         if self.patience and self.keep == "last":
             raise ValueError('train.patience stops on the best epoch, but train.keep = "last": use keep = "best" or patience = 0')
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -148,6 +180,12 @@ class Recipe(_Part):
     retrieve: RetrievePart | None = None
     train: TrainPart = TrainPart()
     infer: InferPart = InferPart()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if bool(self.data.pretrain) != bool(self.train.pretrain_epochs):
+            raise ValueError("data.pretrain (tables of pseudo-labels) and train.pretrain_epochs (above 0) go together: set both or neither")
+        return self
 
     @classmethod
     def load(cls, name_or_path: str | Path, overrides: Iterable[str] = ()) -> Self:
@@ -180,7 +218,7 @@ class Recipe(_Part):
     @property
     def digest(self) -> str:
         """8 hex digits of the settings that change what is trained; the data themselves are hashed by the run."""
-        body = self.model_dump(mode="json", exclude={"name": True, "infer": True, "data": {"folder", "test"}, "train": {"tracker"}})
+        body = self.model_dump(mode="json", exclude={"name": True, "infer": True, "data": {"folder", "test"}, "train": {"tracker", "save_steps", "eval_steps"}})
         for part, usual in _LATER.items():
             body[part] = {name: value for name, value in body[part].items() if name not in usual or value != usual[name]}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:8]

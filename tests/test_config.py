@@ -109,6 +109,15 @@ def test_a_part_without_its_kind_or_corpus_is_refused() -> None:
         ({"train": {"fgm": 0.5, "freeze_embeddings": True}}, ("train.fgm", "train.freeze_embeddings")),
         ({"train": {"fgm": 0.5, "freeze_layers": 2}}, ("train.fgm", "train.freeze_layers")),
         ({"train": {"patience": 1, "keep": "last"}}, ("train.patience", "train.keep")),
+        ({"train": {"fgm": 0.5, "awp": 0.1}}, ("train.fgm", "train.awp")),
+        ({"train": {"awp_from": 1}}, ("train.awp_from = 1", "train.awp = 0")),
+        ({"train": {"awp": 0.1, "awp_from": 3}}, ("train.awp_from = 3", "train.epochs = 3")),
+        ({"train": {"swa": 4}}, ("train.swa = 4", "train.epochs = 3")),
+        ({"train": {"ema": 0.9, "swa": 1}}, ("train.ema", "train.swa")),
+        ({"train": {"swa": 1, "patience": 1}}, ("train.swa", "train.patience")),
+        ({"train": {"pretrain_epochs": 1}}, ("data.pretrain", "train.pretrain_epochs")),
+        ({"data": {"pretrain": ["a.csv"]}}, ("data.pretrain", "train.pretrain_epochs")),
+        ({"train": {"pretrain_epochs": 1, "epochs": 0}, "data": {"pretrain": ["a.csv"]}}, ("train.pretrain_epochs = 1", "train.epochs = 0")),
         ({"train": {"seeds": []}}, ("train.seeds",)),
         ({"train": {"seeds": [1, 1]}}, ("train.seeds",)),
     ],
@@ -228,13 +237,16 @@ def assert_survives(made: Recipe, folder: Path) -> None:
         "retrieve.retriever.bm25.k1=2.0",
         "data.teacher=run:other",
         "train.optimizer=paged_adamw_8bit",
+        "train.awp=0.1",
+        "train.ema=0.9",
+        "train.swa=2",
     ],
 )
 def test_the_digest_changes_with_what_is_trained(path: Path, override: str) -> None:
     assert Recipe.load(path, [override]).digest != Recipe.load(path).digest
 
 
-@pytest.mark.parametrize("override", ["infer.batch_tokens=64", "infer.precision=fp16", "data.test=other.csv", "train.tracker=wandb", "name=other"])
+@pytest.mark.parametrize("override", ["infer.batch_tokens=64", "infer.precision=fp16", "data.test=other.csv", "train.tracker=wandb", "train.save_steps=9", "name=other"])
 def test_the_digest_does_not_change_with_anything_else(path: Path, override: str) -> None:
     assert Recipe.load(path, [override]).digest == Recipe.load(path).digest
 
@@ -250,3 +262,12 @@ def test_settings_that_came_later_leave_the_names_of_older_runs(path: Path) -> N
     """The digest of a recipe without them, as it was before there were any; and of one that asks for what was always done."""
     assert Recipe.load("sample_minilm").digest == "f51ff8f7"
     assert Recipe.load("sample_minilm", ["train.optimizer=adamw"]).digest == "f51ff8f7"
+    usual = ["train.awp=0.0", "train.awp_from=0", "train.ema=0.0", "train.swa=0", "train.save_steps=0", "train.pretrain_epochs=0", "data.pretrain=[]"]
+    assert Recipe.load("sample_minilm", usual).digest == "f51ff8f7"
+
+
+def test_pseudo_labels_and_their_epochs_change_the_digest() -> None:
+    learnt = [recipe(data={"pretrain": ["a.csv"]}, train={"pretrain_epochs": epochs}).digest for epochs in (1, 2)]
+    assert len({recipe().digest, *learnt, recipe(data={"pretrain": ["b.csv"]}, train={"pretrain_epochs": 1}).digest}) == 4
+    late = [recipe(train={"awp": 0.1, "awp_from": epoch}).digest for epoch in (0, 1)]
+    assert late[0] != late[1]

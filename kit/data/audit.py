@@ -15,7 +15,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import CountVectorizer
 
-_GRAM = 5
+GRAM = 5
 _BLOCK = 256  # rows compared at once: (256, N) float32
 
 
@@ -37,6 +37,14 @@ def duplicates(texts: Sequence[str], *, threshold: float = 0.9) -> list[Overlap]
     """For each text (right) that nearly repeats earlier ones, the most similar of those (left), the earliest if equal."""
     grams = _grams_of(texts)
     return [Overlap(right, left, similarity) for left, right, similarity in _best_pairs(grams, grams, threshold, earlier_only=True)]
+
+
+def evened(text: str) -> str:
+    """The text as it is compared: without case, width, signs and spacing, and padded so that a short one has 5-grams too; "" for a blank text."""
+    even = unicodedata.normalize("NFKC", text).casefold()
+    words = re.findall(r"\w+", even) or even.split()  # a text of signs alone keeps them
+    padding = " " * (GRAM - 1)
+    return f"{padding}{' '.join(words)}{padding}" if words else ""
 
 
 def _best_pairs(a: csr_matrix, b: csr_matrix, threshold: float, *, earlier_only: bool) -> Iterator[Overlap]:
@@ -65,11 +73,6 @@ def _grams_of(texts: Sequence[str]) -> csr_matrix:
 
 
 def _grams(text: str) -> set[str]:
-    """The 5-grams of the evened text, padded so that a short text has some too; none for a blank text."""
-    even = unicodedata.normalize("NFKC", text).casefold()
-    words = re.findall(r"\w+", even) or even.split()  # a text of signs alone keeps them
-    if not words:
-        return set()
-    padding = " " * (_GRAM - 1)
-    padded = f"{padding}{' '.join(words)}{padding}"
-    return {padded[i : i + _GRAM] for i in range(len(padded) - _GRAM + 1)}
+    """The 5-grams of the evened text; none for a blank one."""
+    even = evened(text)
+    return {even[i : i + GRAM] for i in range(len(even) - GRAM + 1)}

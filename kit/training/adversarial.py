@@ -1,17 +1,45 @@
-"""FGM: a second pass on input embeddings moved along their gradient. Knows no task and no loss.
+"""Adversarial training: a second pass on weights that are moved along their gradient. Knows no task and no loss.
 
-Miyato, Dai & Goodfellow 2017, "Adversarial training methods for semi-supervised text classification".
+FGM moves the input embeddings: Miyato, Dai & Goodfellow 2017, "Adversarial training methods for semi-supervised text classification".
+AWP moves every weight matrix: Wu, Xia & Wang 2020, "Adversarial weight perturbation helps robust generalization".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from kit.config import TrainPart
 from kit.errors import ConfigError
+
+
+class Attack:
+    """The attack that the settings ask for in an epoch (from 0; below it while pretraining). Truthy if there is one."""
+
+    def __init__(self, model: Any, settings: TrainPart, epoch: int) -> None:
+        self._fgm, self._awp = settings.fgm, settings.awp
+        self._weights: list[nn.Parameter] = []
+        if settings.fgm:
+            self._weights = [model.input_embeddings]
+        elif settings.awp and epoch >= settings.awp_from:
+            self._weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def __bool__(self) -> bool:
+        return bool(self._weights)
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Copies of the gradients that the attack looks at, to be taken before a batch's backward."""
+        return [None if weight.grad is None else weight.grad.clone() for weight in self._weights]
+
+    def __call__(self, before: Sequence[torch.Tensor | None]) -> AbstractContextManager[bool]:
+        """Inside, weights are moved, if it yields True: then the loss of the batch wants another backward. before: what `gradients` gave."""
+        if self._fgm:
+            return fgm(self._weights[0], self._fgm, before=before[0])
+        return awp(self._weights, self._awp, before=before)
 
 
 @contextmanager
@@ -38,3 +66,30 @@ def fgm(embeddings: nn.Parameter, epsilon: float, *, before: torch.Tensor | None
         yield True
     finally:
         embeddings.data.copy_(kept)
+
+
+@contextmanager
+def awp(weights: Sequence[nn.Parameter], size: float, *, before: Sequence[torch.Tensor | None]) -> Iterator[bool]:
+    """Inside, each matrix is moved by `size` times its own norm along its gradient's direction; afterwards all are bit for bit as before.
+
+    weights: all that is trained; biases and norms (fewer than two dimensions) stay where they are. before: copies of their gradients when this
+    batch's backward began, which become the gradients again, so that those at the moved weights take the batch's place. Directions do not
+    depend on a loss scale. Yields False, and changes nothing, where no matrix has a direction or one's gradient is not finite.
+    """
+    added = [None if own.grad is None else own.grad if old is None else own.grad - old for own, old in zip(weights, before, strict=True)]
+    moving = [(own, gradient) for own, gradient in zip(weights, added, strict=True) if gradient is not None and own.ndim >= 2]
+    norms = [gradient.float().norm() for _, gradient in moving]
+    if not any(norm > 0 for norm in norms) or not all(torch.isfinite(norm) for norm in norms):
+        yield False
+        return
+    kept = [own.detach().clone() for own, _ in moving]
+    try:
+        for (own, gradient), norm in zip(moving, norms, strict=True):
+            if norm > 0:
+                own.data.add_((gradient.float() * (size * own.detach().float().norm() / norm)).to(own.dtype))
+        for own, old in zip(weights, before, strict=True):
+            own.grad = old
+        yield True
+    finally:
+        for (own, _), weight in zip(moving, kept, strict=True):
+            own.data.copy_(weight)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from kit import assemble, manifest, runtime
 from kit.config import Recipe
 from kit.data.audit import duplicates, overlaps
 from kit.data.folds import make_folds
-from kit.data.tables import read_table
+from kit.data.tables import Table, read_table
 from kit.errors import ConfigError, DependencyError
 from kit.metrics import bootstrap
 from kit.tasks import Task, Tokens
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 FULL = "full"
 _DEBUG_ROWS = 32
+_SUM = 1e-3  # that soft labels may be off, for they are rounded where they are written
 _EQUAL = 1e-6  # between predictions of two views that say the same
 
 
@@ -53,10 +55,11 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """What a recipe trains on: its own labelled examples in table order, and extra ones that are never validated on."""
+    """What a recipe trains on: its own labelled examples in table order, extra ones that are never validated on, and pseudo-labels to begin with."""
 
     own: list[Any]
     extra: list[Any]
+    pretrain: list[Any]
     groups: list[str] | None
     index: str | None
     digest: str
@@ -71,7 +74,8 @@ def train(
     Raises ConfigError, DataError, BundleError.
     """
     if debug:
-        recipe = recipe.with_overrides([f'name="{recipe.name}-debug"', f"train.epochs={min(1, recipe.train.epochs)}", "data.folds=2"])
+        short = [f"train.epochs={min(1, recipe.train.epochs)}", f"train.swa={min(1, recipe.train.swa)}", "train.awp_from=0", "data.folds=2"]
+        recipe = recipe.with_overrides([f'name="{recipe.name}-debug"', *short])
     assemble.check(recipe)
     chosen = _chosen_folds(recipe, folds)
     accelerator = _accelerator(recipe)
@@ -88,10 +92,11 @@ def train(
             read = read_examples(teacher.recipe, assemble.make_task(teacher.recipe), artifacts, rows=rows)
             lesson = _Lesson(teacher, read)
         source = _backbone(recipe, examples, artifacts)
-        parts = [recipe.digest, examples.digest, _weights_digest(source), *([teacher.digest] if teacher else [])]
+        beside = [_weights_digest(path) for path in assemble.beside(recipe, source)]
+        parts = [recipe.digest, examples.digest, _weights_digest(source), *([teacher.digest] if teacher else []), *beside]
         folder = artifacts / "runs" / f"{recipe.name}-{assemble.digest(parts)}"
         if accelerator.is_main_process:
-            _write_run(folder, recipe, examples, numbers)
+            _write_run(folder, recipe, task, examples, numbers)
     _start_trackers(accelerator, recipe, folder)
     trainer = _Trainer(recipe, task, examples, source, folder, numbers, accelerator, lesson)
     if full or not recipe.train.epochs:
@@ -116,30 +121,57 @@ class _Lesson(NamedTuple):
 def read_examples(recipe: Recipe, task: Task, artifacts: Path, *, rows: int | None = None) -> Examples:
     """The labelled examples of the recipe's tables, with contexts where the recipe retrieves them. Raises DataError."""
     base = Path(recipe.data.folder)
-    table = read_table(base / recipe.data.train)
+    table = read_table(base / recipe.data.train, ids=task.id_column)
     if recipe.data.group is not None and recipe.data.group not in table.frame:
         raise table.error(f"data.group = {recipe.data.group!r} is no column (columns: {', '.join(table.frame.columns)})")
     own = task.read(table)[:rows]
-    extra = [example for name in recipe.data.extra for example in task.read(read_table(base / name))[:rows]]
-    for label, some in (("data.train", own), ("data.extra", extra)):
-        unknown = np.flatnonzero(np.asarray(task.targets(some)).reshape(len(some), -1)[:, 0] == -1) if some else np.empty(0)
-        if len(unknown):
-            raise ConfigError(f"{label}: example {int(unknown[0]) + 1} has no answer: give a table with an answer column")
+    extra = [example for name in recipe.data.extra for example in task.read(read_table(base / name, ids=task.id_column))[:rows]]
+    pretrain = [example for name in recipe.data.pretrain for example in _pseudo(read_table(base / name, ids=task.id_column), task)[:rows]]
+    for label, some in (("data.train", own), ("data.extra", extra), ("data.pretrain", pretrain)):
+        unknown = [row for row, example in enumerate(some) if not task.is_labelled(example)]
+        if unknown:
+            raise ConfigError(f"{label}: example {unknown[0] + 1} has no answer: give a table that has its answer column, filled in every row")
     if recipe.retrieve:
-        both = assemble.cached_contexts([*own, *extra], task, recipe, artifacts)
-        own, extra = both[: len(own)], both[len(own) :]
+        every = iter(assemble.cached_contexts([*own, *extra, *pretrain], task, recipe, artifacts))
+        own, extra, pretrain = ([next(every) for _ in some] for some in (own, extra, pretrain))
     groups = table.frame[recipe.data.group].tolist()[:rows] if recipe.data.group else None
-    _warn_of_leaks(recipe, task.queries(own, "prompt_options"), task.queries(extra, "prompt_options"))
-    files = [manifest.sha256(base / name) for name in (recipe.data.train, *recipe.data.extra)]
+    texts = {label: task.queries(some, "prompt_options") for label, some in (("extra", extra), ("pretrain", pretrain))}
+    if task.submits:  # of a corpus it would take longer than training
+        _warn_of_leaks(recipe, task.queries(own, "prompt_options"), texts)
+    files = [manifest.sha256(base / name) for name in (recipe.data.train, *recipe.data.extra, *recipe.data.pretrain)]
     index = assemble.index_name(recipe) if recipe.retrieve else None
-    return Examples(own, extra, groups, index, assemble.digest([files, index, rows]))
+    return Examples(own, extra, pretrain, groups, index, assemble.digest([files, index, rows]))
 
 
-def _warn_of_leaks(recipe: Recipe, own: Sequence[str], extra: Sequence[str]) -> None:
-    """Say where near-duplicates make OOF look better than the truth."""
+def _pseudo(table: Table, task: Task) -> list[Any]:
+    """Examples of a table of pseudo-labels; columns p0 …, one for each of a row's predictions, are soft labels. Raises DataError."""
+    examples = task.read(table)
+    columns = [column for column in table.frame if re.fullmatch(r"p\d+", column)]
+    if not columns:
+        return examples
+    if not hasattr(task, "distill"):
+        raise table.error(f"soft labels ({', '.join(columns)}) are for tasks of options: write pseudo-labels as the training table has its targets", column=columns[0])
+    if columns != [f"p{number}" for number in range(task.width(examples))]:
+        raise table.error(f"soft labels need columns p0 to p{task.width(examples) - 1}, one for each option", column=columns[-1])
+    said = table.frame[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    wrong = ~(np.isfinite(said) & (said >= 0)).all(1) | (np.abs(said.sum(1) - 1) > _SUM)
+    if wrong.any():
+        raise table.error("soft labels are probabilities that add up to 1", row=int(wrong.argmax()), column=columns[0])
+    return taught(examples, said)
+
+
+def _pretrain_task(task: Any) -> Task:
+    """The task whose loss, for examples with soft labels, compares with these alone."""
+    return replace(task, distill=1.0) if hasattr(task, "distill") else task
+
+
+def _warn_of_leaks(recipe: Recipe, own: Sequence[str], others: Mapping[str, Sequence[str]]) -> None:
+    """Say where near-duplicates make OOF look better than the truth. others: texts by the setting of `data` that names their tables."""
     file = recipe.data.train
-    if seen := overlaps(extra, own):
-        log.warning("extra row %d nearly repeats row %d of %s (%d such rows): OOF will look too good", seen[0].left + 1, seen[0].right + 1, file, len(seen))
+    for label, texts in others.items():
+        if seen := overlaps(texts, own):
+            first = f"{label} row {seen[0].left + 1} nearly repeats row {seen[0].right + 1}"
+            log.warning("%s of %s (%d such rows): OOF will look too good", first, file, len(seen))
     if recipe.data.fold_by != "grouped" and (twice := duplicates(own)):
         log.warning("rows %d and %d of %s are nearly equal (%d such pairs): name a data.group", twice[0].left + 1, twice[0].right + 1, file, len(twice))
 
@@ -166,7 +198,7 @@ def summarise(folder: Path, recipe: Recipe, task: Task, own: Sequence[Any], numb
     folds = {name: _estimates(task, np.load(folder / name / _valid()), held) for name, held in fitted.items()}
     metrics: dict[str, Any] = {"folds": {**({FULL: {}} if FULL in done else {}), **folds}}
     if len(fitted) == sum(map(len, names)):
-        oof = _out_of_fold(folder, names, numbers)
+        oof = _out_of_fold(folder, names, numbers, task)
         views = _views(folder, names, numbers, task, oof)
         metrics["oof"] = _estimates(task, oof, targets)
         if views:
@@ -183,9 +215,9 @@ def _valid(view: str | None = None) -> str:
     return "valid.npy" if view is None else f"valid-{view}.npy"
 
 
-def _out_of_fold(folder: Path, names: Sequence[Sequence[str]], numbers: np.ndarray, view: str | None = None) -> np.ndarray:
+def _out_of_fold(folder: Path, names: Sequence[Sequence[str]], numbers: np.ndarray, task: Task, view: str | None = None) -> np.ndarray:
     """Predictions (N, C) float32 by the fits of each fold, the mean over its seeds."""
-    parts = [np.mean([np.load(folder / name / _valid(view)) for name in fold], axis=0) for fold in names]
+    parts = [task.average(np.stack([np.load(folder / name / _valid(view)) for name in fold])) for fold in names]
     oof = np.empty((len(numbers), parts[0].shape[1]), np.float32)
     for number, part in enumerate(parts):
         oof[numbers == number] = part
@@ -195,7 +227,7 @@ def _out_of_fold(folder: Path, names: Sequence[Sequence[str]], numbers: np.ndarr
 def _views(folder: Path, names: Sequence[Sequence[str]], numbers: np.ndarray, task: Task, oof: np.ndarray) -> dict[str, np.ndarray]:
     """Out-of-fold predictions of the views that every fit has predicted and that differ from those of the usual view."""
     there = [view for view in task.views() if all((folder / name / _valid(view)).is_file() for fold in names for name in fold)]
-    found = {view: _out_of_fold(folder, names, numbers, view) for view in there}
+    found = {view: _out_of_fold(folder, names, numbers, task, view) for view in there}
     return {view: prediction for view, prediction in found.items() if not np.allclose(prediction, oof, rtol=0, atol=_EQUAL, equal_nan=True)}
 
 
@@ -267,6 +299,7 @@ class _Trainer:
         result = fit(
             model, self.task, tokens, training, valid,
             settings=self.recipe.train, runtime=chosen, accelerator=self.accelerator, folder=folder, seed=seed,
+            pretrain=self.examples.pretrain, pretrain_task=_pretrain_task(self.task),
             batch_tokens=self.recipe.infer.batch_tokens, label=name,
         )  # fmt: skip
         self.accelerator.log({f"{name}/seconds": round(time.monotonic() - begun, 1)})
@@ -315,25 +348,28 @@ def _folds(recipe: Recipe, task: Task, examples: Examples) -> np.ndarray:
     return make_folds(len(own), data.folds, by=data.fold_by, strata=task.strata(own), groups=examples.groups, seed=data.fold_seed)
 
 
-def _write_run(folder: Path, recipe: Recipe, examples: Examples, numbers: np.ndarray) -> None:
+def _write_run(folder: Path, recipe: Recipe, task: Task, examples: Examples, numbers: np.ndarray) -> None:
     """Recipe, inputs and folds of the run."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest.write_atomically(folder / "recipe.toml", recipe.to_toml())
-    manifest.write_atomically(folder / "inputs.json", json.dumps({"index": examples.index, "rows": len(examples.own), "extra": len(examples.extra)}))
+    rows = {"rows": len(examples.own), "extra": len(examples.extra)} | ({"pretrain": len(examples.pretrain)} if examples.pretrain else {})
+    manifest.write_atomically(folder / "inputs.json", json.dumps({"index": examples.index, **rows, **({} if task.submits else {"submits": False})}))
     np.save(folder / "folds.npy", numbers)
 
 
 def _backbone(recipe: Recipe, examples: Examples, artifacts: Path) -> Path:
     """The backbone's folder; a new one learns its tokenizer from the texts of the examples, and is shared by runs of equal settings."""
     task = assemble.make_task(recipe)
-    every = [*examples.own, *examples.extra]
-    name = assemble.digest([recipe.model.model_dump(mode="json"), recipe.train.seeds[0], examples.digest])
+    every = [*examples.own, *examples.extra, *examples.pretrain]
+    beside = [_weights_digest(path) for path in assemble.beside(recipe)]
+    name = assemble.digest([recipe.model.model_dump(mode="json"), recipe.train.seeds[0], examples.digest, *beside])
     texts = [f"{getattr(example, 'context', '')} {query}" for example, query in zip(every, task.queries(every, "prompt_options"), strict=True)]
     return assemble.backbone(recipe, artifacts / "backbones" / name, Path(recipe.data.folder), texts, bundles=artifacts / "bundles")
 
 
 def _weights_digest(source: Path) -> str:
-    files = sorted(path for pattern in ("*.safetensors", "*.json") for path in source.glob(pattern))
+    """Of a file, or of the weights and settings in a folder."""
+    files = [source] if source.is_file() else sorted(path for pattern in ("*.safetensors", "*.json") for path in source.glob(pattern))
     return assemble.digest([[path.name, manifest.sha256(path)] for path in files if path.name != manifest.FILE])
 
 

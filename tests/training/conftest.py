@@ -78,6 +78,8 @@ def train_one(backbone: Path, tmp_path: Path) -> TrainOne:
         seed: int = 0,
         task: Task = TASK,
         pooling: str = "mean",
+        pretrain: Sequence[Question] = (),
+        pretrain_task: Task | None = None,
         **settings: Any,
     ) -> Trained:
         part = TrainPart(**{"epochs": 1, "lr": 1e-3, "precision": "fp32", "warmup": 0.0, **settings})
@@ -88,6 +90,7 @@ def train_one(backbone: Path, tmp_path: Path) -> TrainOne:
             result = fit(
                 model, task, Encoder.tokens(source), train, valid,
                 settings=part, runtime=runtime.choose(part.precision, "cpu"), accelerator=Accelerator(cpu=True), folder=folder, seed=seed,
+                pretrain=pretrain, pretrain_task=pretrain_task,
             )  # fmt: skip
         return Trained(start, model, result, gradients, folder)
 

@@ -1,20 +1,22 @@
-"""kit.training.adversarial: the table moves along this batch's gradient, and comes back bit for bit."""
+"""kit.training.adversarial: weights move along this batch's gradient, and come back bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from kit.config import Recipe
+from kit.config import Recipe, TrainPart
 from kit.errors import ConfigError
 from kit.models.encoder import Encoder
 from kit.tasks.multiple_choice import MultipleChoice
-from kit.training.adversarial import fgm
+from kit.training.adversarial import Attack, awp, fgm
 from tests import tiny
+from tests.training.conftest import TrainOne
 
 EPSILON = 0.5
 Loss = Callable[[], torch.Tensor]
@@ -164,3 +166,134 @@ def test_a_recipe_with_fgm_on_frozen_embeddings_is_refused(frozen: str, tmp_path
     with pytest.raises(ConfigError, match=rf"train\.fgm .*train\.{frozen.split('=')[0]}"):
         tiny.recipe(tmp_path, "train.fgm=0.5", f"train.{frozen}")
     assert isinstance(tiny.recipe(tmp_path, "train.fgm=0", f"train.{frozen}"), Recipe)
+
+
+# --- AWP ---------------------------------------------------------------------------------------------------------------------------
+
+SIZE = 0.05
+
+
+def trained_of(model: Encoder) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradients_of(model: Encoder) -> list[torch.Tensor | None]:
+    return [None if parameter.grad is None else parameter.grad.clone() for parameter in trained_of(model)]
+
+
+@pytest.mark.parametrize("size", [1e-4, 0.05, 10.0])
+def test_awp_gives_the_weights_back_bit_for_bit_also_from_an_error_inside(model: Encoder, tmp_path: Path, size: float) -> None:
+    loss, before = loss_of(model, tmp_path), bits(model)
+    none = gradients_of(model)
+    for end in (None, KeyboardInterrupt):
+        model.zero_grad()
+        loss().backward()
+        with suppress(KeyboardInterrupt), awp(trained_of(model), size, before=none) as moved:
+            loss().backward()
+            assert moved and any(not torch.equal(own, before[name]) for name, own in model.named_parameters())
+            if end:
+                raise end
+        assert_same_bits(model, before)
+
+
+def test_awp_moves_each_matrix_by_a_share_of_its_norm_and_no_bias(model: Encoder, tmp_path: Path) -> None:
+    before = bits(model)
+    loss_of(model, tmp_path)().backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    with awp(trained_of(model), SIZE, before=[None] * len(trained_of(model))):
+        steps = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    for name, step in steps.items():
+        if name in found and step.ndim >= 2 and found[name].norm() > 0:
+            direction = found[name] / found[name].norm()
+            torch.testing.assert_close(step, SIZE * before[name].norm() * direction, atol=1e-6, rtol=1e-4)
+        else:
+            assert not step.any(), name
+
+
+def test_awp_raises_the_loss_and_its_gradients_take_the_place_of_the_batchs_own(model: Encoder, tmp_path: Path) -> None:
+    """Also under accumulation: what was there before the batch stays."""
+    first, second = loss_of(model, tmp_path, slice(0, 4)), loss_of(model, tmp_path, slice(4, 8))
+    first().backward()
+    before = gradients_of(model)
+    kept = gradients_of(model)
+    loss = second()
+    loss.backward()
+    with awp(trained_of(model), SIZE, before=before):
+        attacked = second()
+        assert attacked > loss
+        expected = torch.autograd.grad(second(), trained_of(model), allow_unused=True)
+        attacked.backward()
+    for own, old, at_moved in zip(trained_of(model), kept, expected, strict=True):
+        if at_moved is not None:
+            torch.testing.assert_close(own.grad, at_moved if old is None else old + at_moved)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), None])
+def test_awp_changes_nothing_without_a_direction(value: float | None) -> None:
+    one, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    one.grad, other.grad = (None, None) if value is None else (torch.full((3, 2), value), torch.zeros(3, 2))
+    kept = one.grad
+    with awp([one, other], SIZE, before=[None, None]) as moved:
+        assert not moved and (one == 1).all() and one.grad is kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_awp_changes_the_step_alike_with_and_without_a_scaler(dtype: torch.dtype, model: Encoder, tmp_path: Path) -> None:
+    loss, seen = loss_of(model, tmp_path, dtype=dtype), []
+    for scaled in (True, False):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**10)
+        scaler.scale(loss()).backward()
+        with awp(trained_of(model), SIZE, before=[None] * len(trained_of(model))):
+            scaler.scale(loss()).backward()
+        scaler.unscale_(optimizer)
+        seen.append(torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad(set_to_none=True)
+    assert (seen[0] - seen[1]).norm() < (5e-3 if dtype == torch.float16 else 1e-5) * seen[1].norm()
+
+
+def test_awp_begins_where_the_recipe_says_and_leaves_frozen_weights_out(model: Encoder) -> None:
+    model.input_embeddings.requires_grad_(False)
+    settings = TrainPart(awp=0.1, awp_from=1, epochs=2)
+    assert [bool(Attack(model, settings, epoch)) for epoch in (-1, 0, 1)] == [False, False, True]
+    model.input_embeddings.grad = torch.ones_like(model.input_embeddings)
+    assert len(Attack(model, settings, 1).gradients()) == len(trained_of(model))
+    assert not Attack(model, TrainPart(), 0)
+
+
+def test_a_fit_with_awp_steps_by_the_gradients_at_the_moved_weights(train_one: TrainOne, backbone: Path) -> None:
+    """Two micro-batches of one question each, against the same written out; the first epoch is without."""
+    questions, task = tiny.questions(2), MultipleChoice(max_length=48, shuffle_options=False)
+    settings = {"task": task, "batch_size": 1, "accumulate": 2, "clip": 1e9, "lr": 1e-12, "epochs": 2}  # the weights stay
+    plain, attacked = train_one(questions, awp=SIZE, awp_from=1, **settings).gradients
+    model, tokens = tiny.encoder(backbone).train(), Encoder.tokens(backbone)
+    weights = trained_of(model)
+    expected = {False: torch.zeros(()), True: torch.zeros(())}
+    for feature in task.encode(questions, tokens):
+        batch = task.collate([feature], tokens)
+
+        def gradient(batch: dict[str, torch.Tensor] = batch) -> list[torch.Tensor]:
+            loss = task.loss(task.scores(model(batch), batch), batch)
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            return [torch.zeros_like(own) if one is None else one for own, one in zip(weights, found, strict=True)]
+
+        clean = gradient()
+        moves = [SIZE * own.norm() * one / one.norm() if own.ndim >= 2 and one.norm() > 0 else 0 * own for own, one in zip(weights, clean, strict=True)]
+        with torch.no_grad():
+            for own, move in zip(weights, moves, strict=True):
+                own += move
+        moved = gradient()
+        with torch.no_grad():
+            for own, move in zip(weights, moves, strict=True):
+                own -= move
+        for key, found in ((False, clean), (True, moved)):
+            expected[key] = expected[key] + torch.cat([one.flatten() for one in found]) / 2
+    assert float(plain.norm()) == pytest.approx(float(expected[False].norm()), rel=1e-4)
+    assert float(attacked.norm()) == pytest.approx(float(expected[True].norm()), rel=1e-4)
+    assert float(attacked.norm()) != pytest.approx(float(plain.norm()), rel=1e-2)
+
+
+def test_a_fit_with_awp_learns_in_half_precision_too(train_one: TrainOne) -> None:
+    for precision in ("bf16", "fp16"):
+        trained = train_one(tiny.questions(8), precision=precision, awp=0.01, pooling="match", epochs=6, lr=1e-2, name=precision)
+        assert sum(trained.losses[-2:]) < 0.9 * sum(trained.losses[:2])

@@ -27,6 +27,7 @@ from kit.metrics import accuracy, map_at_k
 from kit.predict import predict
 from kit.tasks.multiple_choice import Question
 from kit.training.crossval import Run, read_examples, train
+from kit.vendor.bundle import pack
 from tests import tiny
 from tests.training.conftest import largest_difference, meant, step_gradients
 
@@ -516,3 +517,118 @@ def test_near_duplicates_between_parts_are_said(tmp_path: Path, caplog: pytest.L
     recipe = tiny.recipe(folder, 'data.extra=["extra.csv"]')
     read_examples(recipe, assemble.make_task(recipe), tmp_path)
     assert "extra row 1 nearly repeats row 1 of train.csv (2 such rows)" in caplog.text
+
+
+# --- pseudo-labels ---------------------------------------------------------------------------------------------------------------
+
+
+def soft_table(path: Path, questions: list[Question], said: np.ndarray) -> Path:
+    """The questions with columns p0 …"""
+    tiny.write_questions(path, questions)
+    pd.read_csv(path, keep_default_na=False).assign(**{f"p{k}": column for k, column in enumerate(said.T)}).to_csv(path, index=False)
+    return path
+
+
+def test_pseudo_labels_are_learnt_before_and_are_in_no_prediction(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = tiny.recipe(data, "train.epochs=1")
+    tiny.write_questions(tmp_path / "pseudo.csv", riddles(5))
+    pretrained = plain.with_overrides([f'data.pretrain=["{tmp_path}/pseudo.csv"]', "train.pretrain_epochs=2"])
+    one, other = (train(recipe, artifacts=tmp_path / "artifacts") for recipe in (plain, pretrained))
+    frame, oof = oof_of(other)
+    assert frame["id"].tolist() == [example.id for example in own_examples(plain)] and one.folder != other.folder
+    assert np.abs(oof - oof_of(one)[1]).max() > 1e-4
+    history = [json.loads((run.folder / "fold0" / "history.json").read_text()) for run in (one, other)]
+    assert [len(found["epochs"]) for found in history] == [1, 1]
+    assert len(history[1]["steps"]) - len(history[0]["steps"]) == 4  # two batches of 4 and 1 in two epochs
+    assert json.loads((other.folder / "inputs.json").read_text()) == {"index": None, "rows": 11, "extra": 0, "pretrain": 5}
+    assert "pretrain row" not in caplog.text
+    tiny.write_questions(tmp_path / "pseudo.csv", riddles(5, seed=1))
+    assert train(pretrained, artifacts=tmp_path / "artifacts").folder != other.folder
+
+
+def test_soft_pseudo_labels_are_read_beside_the_hard_ones_and_get_contexts(data: Path, tmp_path: Path) -> None:
+    said = np.random.default_rng(0).dirichlet(np.ones(5), 4).round(4)
+    soft_table(tmp_path / "soft.csv", tiny.questions(4), said)
+    tiny.write_questions(tmp_path / "hard.csv", riddles(2))
+    overrides = [f'data.pretrain=["{tmp_path}/soft.csv", "{tmp_path}/hard.csv"]', "train.pretrain_epochs=1"]
+    recipe = tiny.recipe(data, retrieve=True).with_overrides(overrides)
+    found = read_examples(recipe, assemble.make_task(recipe), tmp_path / "artifacts").pretrain
+    assert [example.id for example in found] == ["q0", "q1", "q2", "q3", "r0", "r1"]
+    assert np.array([example.soft for example in found[:4]]) == pytest.approx(said) and found[4].soft is None
+    assert all(example.context for example in found[:4])  # no passage is about riddles
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda said: said[:, :4], r"column 'p3'.*soft labels need columns p0 to p4, one for each option"),
+        (lambda said: said * 2, r"row 1\b.*column 'p0'.*soft labels are probabilities that add up to 1"),
+        (lambda said: np.where(np.arange(4)[:, None] == 2, np.nan, said), r"row 3\b.*soft labels are probabilities"),
+        (lambda said: np.where(np.eye(4, 5, 1) > 0, -said, said), r"soft labels are probabilities"),
+    ],
+    ids=["too few", "twice", "none", "negative"],
+)
+def test_soft_labels_that_are_none_are_refused(data: Path, tmp_path: Path, change: Any, message: str) -> None:
+    path = soft_table(tmp_path / "soft.csv", tiny.questions(4), change(np.full((4, 5), 0.2)))
+    recipe = tiny.recipe(data, f'data.pretrain=["{path}"]', "train.pretrain_epochs=1")
+    with pytest.raises(DataError, match=rf"soft.csv.*{message}") as refused:
+        read_examples(recipe, assemble.make_task(recipe), tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_pseudo_labels_without_an_answer_are_refused(data: Path, tmp_path: Path) -> None:
+    tiny.write_questions(tmp_path / "pseudo.csv", riddles(3), answers=False)
+    recipe = tiny.recipe(data, f'data.pretrain=["{tmp_path}/pseudo.csv"]', "train.pretrain_epochs=1")
+    with pytest.raises(ConfigError, match=r"data\.pretrain: example 1 has no answer"):
+        read_examples(recipe, assemble.make_task(recipe), tmp_path)
+
+
+def test_pseudo_labels_that_repeat_own_rows_are_warned_of(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = tiny.questions(11)
+    tiny.write_questions(tmp_path / "pseudo.csv", [*riddles(1), replace(own[2], id="x", prompt=f"{own[2].prompt} ?"), replace(own[5], id="y")])
+    recipe = tiny.recipe(data, f'data.pretrain=["{tmp_path}/pseudo.csv"]', "train.pretrain_epochs=1")
+    read_examples(recipe, assemble.make_task(recipe), tmp_path)
+    assert "pretrain row 2 nearly repeats row 3 of train.csv (2 such rows)" in caplog.text
+
+
+def test_debug_shortens_what_needs_more_than_one_epoch(data: Path, tmp_path: Path) -> None:
+    recipe = tiny.recipe(data, "train.epochs=4", "train.swa=2", "train.awp=0.01", "train.awp_from=2")
+    assert train(recipe, artifacts=tmp_path, debug=True).metrics["oof"]
+
+
+# --- what the run's name covers, and what may be packed ----------------------------------------------------------------------------
+
+
+def test_other_word_vectors_are_another_run(tmp_path: Path) -> None:
+    tiny.write_readings(tmp_path / "train.csv", tiny.readings(8))
+    vectors = tmp_path / "vectors.txt"
+    model = {"kind": "lstm", "source": "scratch", "hidden_size": 4, "config": {"vectors": str(vectors)}}
+    values = tiny.recipe(tmp_path).model_dump(exclude_none=True) | {"task": {"kind": "extractive_qa", "max_length": 64, "stride": 8, "max_question": 16}, "model": model}
+    folders = []
+    for number in (1, 1, 2):
+        vectors.write_text(f"the {number} 0 0\nmoon 0 {number} 0\n")
+        folders.append(train(Recipe.of(values), artifacts=tmp_path / "artifacts", folds=[0]).folder)
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_a_further_encoder_with_other_weights_is_another_run(tmp_path: Path) -> None:
+    tiny.write_essays(tmp_path / "train.csv", tiny.essays(8))
+    tiny.encoder_folder(tmp_path / "one")
+    model = {"kind": "frozen", "source": "one", "also": ["other"]}
+    values = tiny.recipe(tmp_path).model_dump(exclude_none=True) | {"task": {"kind": "essay_regression", "max_length": 48}, "model": model, "train": {"epochs": 1}}
+    folders = []
+    for seed in (1, 1, 2):
+        tiny.encoder_folder(tmp_path / "other", seed=seed)
+        folders.append(train(Recipe.of(values), artifacts=tmp_path / "artifacts", folds=[0]).folder)
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_a_run_that_hands_in_nothing_is_not_packed(tmp_path: Path) -> None:
+    rows = [json.dumps({"id": str(row), "text": text}) for row, text in enumerate(tiny.TEXTS)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    model = {"kind": "causal", "source": "scratch", **tiny.MODELS["causal"]}
+    values = tiny.recipe(tmp_path, data={"train": "train.jsonl"}).model_dump(exclude_none=True) | {"task": {"kind": "causal_lm", "max_length": 32}, "model": model}
+    run = train(Recipe.of(values), artifacts=tmp_path / "artifacts")
+    with pytest.raises(BundleError, match=r'task\.kind = "causal_lm" predicts nothing that is handed in.*: kit generate uses the run, and kit vendor weights .*fold0 '):
+        pack([run.folder], artifacts=tmp_path / "artifacts")
+    assert not (tmp_path / "artifacts" / "bundles").exists()

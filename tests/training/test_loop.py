@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from kit import runtime
-from kit.errors import BundleError
+from kit.config import TrainPart
+from kit.errors import BundleError, ConfigError
 from kit.models.encoder import Encoder
 from kit.predict import predict
-from kit.tasks import Feature, Tokens
+from kit.tasks import Batch, Feature, Tokens
+from kit.tasks.essay_regression import Essay, EssayRegression
 from kit.tasks.multiple_choice import MultipleChoice, Question
-from kit.training.loop import length_grouped
+from kit.training.loop import Fit, fit, length_grouped
 from tests import tiny
 from tests.training.conftest import TASK, TrainOne, largest_difference, meant
 
@@ -206,6 +211,47 @@ def test_history_has_a_loss_and_a_rate_per_step_and_the_metrics_per_epoch(train_
     assert history["epochs"][2]["loss"] == pytest.approx(np.mean(trained.losses[6:]))
 
 
+def test_metrics_within_epochs_are_for_the_curve_and_change_nothing(train_one: TrainOne, dropping_backbone: Path) -> None:
+    questions = tiny.questions(14)
+    settings = {"source": dropping_backbone, "epochs": 2, "batch_size": 2, "lr": 3e-3, "ema": 0.5}
+    plain = train_one(questions[:10], questions[10:], name="plain", **settings)
+    watched = train_one(questions[:10], questions[10:], name="watched", eval_steps=2, **settings)
+    assert largest_difference(plain.weights, watched.weights) == 0.0
+    assert plain.fit.history.checks == [] and plain.fit.history.epochs == watched.fit.history.epochs
+    checks = json.loads((watched.folder / "history.json").read_text())["checks"]
+    assert [check["step"] for check in checks] == [2, 4, 7, 9]
+    assert [check["loss"] for check in checks] == pytest.approx([np.mean(watched.losses[end - 2 : end]) for end in (2, 4, 7, 9)])
+    assert {*checks[0]} == {"step", "loss", "map@3", "accuracy", "accuracy@3"}
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.999])
+def test_the_last_check_of_an_epoch_says_what_the_epoch_says(train_one: TrainOne, ema: float) -> None:
+    """With a mean of the weights it is of that, which here has learnt nothing yet."""
+    trained = train_one(tiny.questions(8), tiny.questions(8), pooling="match", epochs=3, batch_size=2, lr=1e-2, eval_steps=4, ema=ema)
+    names = {"map@3", "accuracy", "accuracy@3"}
+    checks, epochs = ([{name: one[name] for name in names} for one in kind] for kind in (trained.fit.history.checks, trained.fit.history.epochs))
+    assert checks == epochs and len(checks) == 3
+    assert (checks[-1]["map@3"] > 0.9) == (not ema)
+
+
+@pytest.mark.parametrize("at", [3, 4, 6], ids=str)
+def test_a_fit_killed_between_checks_has_each_of_them_once(train_one: TrainOne, dropping_backbone: Path, at: int) -> None:
+    questions = tiny.questions(10)
+    settings = {"source": dropping_backbone, "epochs": 2, "batch_size": 2, "lr": 3e-3, "eval_steps": 1, "save_steps": 2}
+    whole = train_one(questions[:8], questions[8:], name="whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_one(questions[:8], questions[8:], name="stopped", task=Interrupted(max_length=48, at=("decode", at)), **settings)
+    resumed = train_one(questions[:8], questions[8:], name="stopped", **settings)
+    assert whole.fit.history == resumed.fit.history and len(whole.fit.history.checks) == 8
+    assert largest_difference(whole.weights, resumed.weights) == 0.0
+
+
+def test_what_the_kept_epoch_was_judged_by_is_not_computed_again(train_one: TrainOne) -> None:
+    questions, watched = tiny.questions(8), Interrupted(max_length=48)
+    train_one(questions, misled(questions), task=watched, **{**LEARNS, "schedule": "constant"})
+    assert watched.seen.count("decode") == LEARNS["epochs"]
+
+
 # --- the same again --------------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +280,7 @@ def test_the_schedule_is_planned_for_features_not_for_examples(train_one: TrainO
 
 @dataclass(frozen=True)
 class Interrupted(MultipleChoice):
-    """Stops like Ctrl-C where the options are shuffled (once per epoch) or the predictions decoded (once per epoch, once at the end)."""
+    """Stops like Ctrl-C where options are shuffled, batches collated, predictions decoded (each once per epoch), or judged (once per epoch, once at the end)."""
 
     at: tuple[str, int] = ("augment", 0)
     seen: list[str] = field(default_factory=list)
@@ -243,9 +289,17 @@ class Interrupted(MultipleChoice):
         self.note("augment")
         return super().augment(examples, rng)
 
+    def collate(self, features: Sequence[Feature], tokens: Tokens) -> Batch:
+        self.note("collate")
+        return super().collate(features, tokens)
+
     def decode(self, scores: Sequence[np.ndarray], features: Sequence[Feature], examples: Sequence[Question]) -> np.ndarray:
         self.note("decode")
         return super().decode(scores, features, examples)
+
+    def targets(self, examples: Sequence[Question]) -> np.ndarray:
+        self.note("targets")
+        return super().targets(examples)
 
     def note(self, verb: str) -> None:
         self.seen.append(verb)
@@ -254,7 +308,7 @@ class Interrupted(MultipleChoice):
 
 
 @pytest.mark.parametrize("frozen", [{"freeze_layers": 1}, {"freeze_embeddings": True}], ids=str)
-@pytest.mark.parametrize("at", [("augment", 2), ("augment", 3), ("decode", 2), ("decode", 4)], ids=str)
+@pytest.mark.parametrize("at", [("augment", 2), ("augment", 3), ("decode", 2), ("targets", 4)], ids=str)
 def test_a_resumed_fit_with_frozen_layers_ends_bit_for_bit_as_an_undisturbed_one(
     train_one: TrainOne, dropping_backbone: Path, at: tuple[str, int], frozen: dict[str, object]
 ) -> None:
@@ -320,7 +374,7 @@ def test_a_state_in_which_other_weights_learnt_is_refused(train_one: TrainOne, t
         train_one(tiny.questions(4), epochs=2)
 
 
-@pytest.mark.parametrize("at", [("augment", 1), ("augment", 2), ("augment", 3), ("decode", 1), ("decode", 2), ("decode", 4)], ids=str)
+@pytest.mark.parametrize("at", [("augment", 1), ("augment", 2), ("augment", 3), ("decode", 1), ("decode", 2), ("targets", 4)], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_resumed_fit_ends_bit_for_bit_as_an_undisturbed_one(
     train_one: TrainOne, dropping_backbone: Path, at: tuple[str, int], precision: str
@@ -348,7 +402,7 @@ def test_a_resumed_fit_ends_bit_for_bit_as_an_undisturbed_one(
 def test_a_fit_that_had_lost_its_patience_does_not_find_it_again_on_resuming(train_one: TrainOne) -> None:
     settings = {"epochs": 5, "patience": 1, **STANDS}
     with pytest.raises(KeyboardInterrupt):
-        train_one(tiny.questions(4), tiny.questions(4), task=Interrupted(max_length=48, at=("decode", 3)), **settings)
+        train_one(tiny.questions(4), tiny.questions(4), task=Interrupted(max_length=48, at=("targets", 3)), **settings)
     resumed = train_one(tiny.questions(4), tiny.questions(4), **settings)
     assert len(resumed.fit.history.epochs) == 2
     assert resumed.gradients == []
@@ -365,6 +419,141 @@ def test_a_damaged_state_is_named_with_the_way_out(train_one: TrainOne, tmp_path
     with pytest.raises(BundleError, match=rf"{path}: the interrupted fit cannot be read .*delete {path.parent} to begin") as caught:
         train_one(tiny.questions(4), epochs=2, pooling=pooling)
     assert "\n" not in str(caught.value)
+
+
+# --- steps within an epoch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("at", "left"), [(3, 8), (4, 8), (5, 6), (9, 3), (10, 1)], ids=str)
+@pytest.mark.parametrize("more", [{}, {"precision": "fp16", "fgm": 0.2}, {"ema": 0.9, "awp": 0.01}], ids=str)
+def test_a_fit_killed_within_an_epoch_goes_on_at_the_last_saved_step_bit_for_bit(
+    train_one: TrainOne, dropping_backbone: Path, at: int, left: int, more: dict[str, object]
+) -> None:
+    """Batches: 4 of training and 1 of validation in each of two epochs. A state is there after steps 2 and 4."""
+    questions, task = tiny.questions(10), partial(Interrupted, max_length=48)
+    settings = {"source": dropping_backbone, "epochs": 2, "batch_size": 2, "lr": 3e-3, "warmup": 0.2, "save_steps": 2, **more}
+    never = train_one(questions[:8], questions[8:], name="never", **settings | {"save_steps": 0})
+    whole = train_one(questions[:8], questions[8:], name="whole", **settings)
+    assert largest_difference(whole.weights, never.weights) == 0.0
+    with pytest.raises(KeyboardInterrupt):
+        train_one(questions[:8], questions[8:], name="stopped", task=task(at=("collate", at)), **settings)
+    watched = task(at=("", 0))
+    resumed = train_one(questions[:8], questions[8:], name="stopped", task=watched, **settings)
+    assert watched.seen.count("collate") == left
+    assert largest_difference(whole.weights, resumed.weights) == 0.0 < largest_difference(whole.start, whole.weights)
+    assert np.array_equal(whole.fit.prediction, resumed.fit.prediction) and whole.fit.history == resumed.fit.history
+
+
+def test_a_fit_stopped_within_an_epoch_wants_as_many_processes_again(train_one: TrainOne, tmp_path: Path) -> None:
+    settings = {"batch_size": 2, "save_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train_one(tiny.questions(8), task=Interrupted(max_length=48, at=("collate", 3)), **settings)
+    path = tmp_path / "fit" / "state" / "last.pt"
+    values = torch.load(path, weights_only=True)
+    torch.save(values | {"randomness": values["randomness"] * 2}, path)
+    with pytest.raises(BundleError, match=rf"{path}: stopped within an epoch of 2 processes, and there are 1 now: start as many, or delete {path.parent}"):
+        train_one(tiny.questions(8), **settings)
+
+
+# --- pseudo-labels before the fit's own rows ---------------------------------------------------------------------------------------
+
+
+def test_pretraining_is_a_fit_on_the_pseudo_labels_and_then_one_on_the_own_rows(train_one: TrainOne) -> None:
+    """With a schedule and an optimizer of its own: the weights it begins with are all that the second one is told."""
+    own, pseudo = tiny.questions(12)[:4], tiny.questions(12)[4:]
+    settings = {"batch_size": 4, "lr": 1e-3, "schedule": "linear", "save_steps": 1}
+    both = train_one(own, own, pretrain=pseudo, pretrain_epochs=2, epochs=3, name="both", **settings)
+    alone = train_one(own, own, epochs=3, name="alone", **settings)
+    assert [rate for _, rate in both.fit.history.steps] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert [epoch["epoch"] for epoch in both.fit.history.epochs] == [0, 1, 2]
+    assert both.fit.prediction.shape == (4, 5)
+    assert largest_difference(both.weights, alone.weights) > 1e-4
+    optimizer = torch.load(both.folder / "state" / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert {float(state["step"]) for state in optimizer.values()} == {3.0}
+    again = train_one(own, own, epochs=3, name="again", pretrain=pseudo, pretrain_epochs=2, **settings)
+    assert largest_difference(both.weights, again.weights) == 0.0
+
+
+def test_pretraining_learns_the_pseudo_labels_and_its_task_decides_how(train_one: TrainOne) -> None:
+    questions = tiny.questions(8)
+    settings = {"epochs": 1, "lr": 1e-12, "pretrain_epochs": 1}  # the rate of both: only the losses differ
+    wrong = [replace(question, soft=tuple(np.eye(5)[(question.answer + 1) % 5])) for question in questions]
+    task = MultipleChoice(max_length=48, shuffle_options=False)
+    hard = train_one(questions, task=task, pretrain=wrong, name="hard", **settings)
+    soft = train_one(questions, task=task, pretrain=wrong, pretrain_task=replace(task, distill=1.0), name="soft", **settings)
+    shifted = train_one(questions, task=task, pretrain=misled(questions), name="shifted", **settings)
+    assert soft.losses == pytest.approx(shifted.losses, rel=1e-5)
+    assert hard.losses[:2] != pytest.approx(soft.losses[:2], rel=1e-3)
+    assert hard.losses[2:] == pytest.approx(soft.losses[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [("augment", 2), ("augment", 3), ("collate", 2), ("collate", 4), ("collate", 6), ("decode", 1)], ids=str)
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_a_fit_killed_while_or_after_pretraining_ends_as_an_undisturbed_one(
+    train_one: TrainOne, dropping_backbone: Path, at: tuple[str, int], save_steps: int
+) -> None:
+    own, pseudo = tiny.questions(12)[:4], tiny.questions(12)[4:]
+    settings = {"source": dropping_backbone, "pretrain": pseudo, "pretrain_epochs": 2, "epochs": 2, "batch_size": 4, "lr": 3e-3, "save_steps": save_steps}
+    whole = train_one(own, own, name="whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_one(own, own, name="stopped", task=Interrupted(max_length=48, at=at), **settings)
+    resumed = train_one(own, own, name="stopped", **settings)
+    assert len(resumed.gradients) < len(whole.gradients) or not save_steps
+    assert largest_difference(whole.weights, resumed.weights) == 0.0
+    assert whole.fit.history == resumed.fit.history
+
+
+# --- models that are fitted at once ------------------------------------------------------------------------------------------------
+
+
+ESSAYS = EssayRegression(max_length=48, columns=("style", "spelling"))
+
+
+def essays(n: int) -> list[Essay]:
+    return [Essay(f"e{row}", " ".join(tiny.TEXTS[: 1 + row % 3]), (1.0 + row % 5, 5.0 - row % 3)) for row in range(n)]
+
+
+class AtOnce(Encoder):
+    """Knows by heart what it was told."""
+
+    def fit_at_once(self, batches: Sequence[Batch], targets: np.ndarray) -> None:
+        self.batches, self.targets = batches, targets
+        texts = [row[mask > 0].tolist() for batch in batches for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        self.known = {tuple(text): torch.from_numpy(target) for text, target in zip(texts, targets, strict=True)}
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return torch.stack([self.known[tuple(row[mask > 0].tolist())] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)])
+
+
+def fit_at_once(backbone: Path, folder: Path, examples: Sequence[Any], task: Any = ESSAYS, **settings: Any) -> tuple[AtOnce, Fit]:
+    """In batches of one text each."""
+    model = AtOnce.create(backbone, outputs=task.outputs)
+    part = TrainPart(**{"epochs": 1, "precision": "fp32", **settings})
+    done = fit(
+        model, task, Encoder.tokens(backbone), examples, examples, settings=part, runtime=runtime.choose("fp32", "cpu"),
+        accelerator=Accelerator(cpu=True), folder=folder, seed=0, batch_tokens=1, pretrain=examples[: settings.get("pretrain_epochs", 0)],
+    )  # fmt: skip
+    return model, done
+
+
+def test_a_model_that_is_fitted_at_once_is_told_of_every_row_what_scores_its_target(backbone: Path, tmp_path: Path) -> None:
+    examples = [replace(essay, text=f"{row} {essay.text}") for row, essay in enumerate(essays(7))]
+    model, done = fit_at_once(backbone, tmp_path, examples)
+    assert len(model.batches) == 7 and (tmp_path / "model.safetensors").is_file()
+    assert np.abs(model.targets).max() <= 2.0  # the scale from -2 to 2, which the task makes 1 to 5
+    assert done.prediction == pytest.approx(ESSAYS.targets(examples))
+    assert done.metrics["neg_mcrmse"] == pytest.approx(0, abs=1e-6) and done.history.steps == []
+
+
+@pytest.mark.parametrize(("settings", "key"), [({"epochs": 3}, "train.epochs = 3"), ({"pretrain_epochs": 1}, "data.pretrain")], ids=str)
+def test_what_is_for_steps_is_refused_for_a_model_that_takes_none(backbone: Path, tmp_path: Path, settings: dict[str, int], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is for models that learn step by step.*set train.epochs = 1"):
+        fit_at_once(backbone, tmp_path, essays(2), **settings)
+
+
+def test_options_are_no_numbers_to_be_fitted_at_once(backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"learns a row of numbers per example, and the task's targets are int64 \(2,\) of 2 examples and 1 outputs"):
+        fit_at_once(backbone, tmp_path, tiny.questions(2), TASK)
 
 
 # --- batches of similar lengths --------------------------------------------------------------------------------------------------
