@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from kit import manifest
-from kit.config import Recipe, RetrievePart
+from kit.config import Recipe, RetrievePart, TrainPart
 from kit.errors import BundleError, ConfigError, DependencyError, nearest
 from kit.models import MODELS
 from kit.paths import BUNDLES, model_folder
@@ -29,10 +29,12 @@ from kit.retrieval.corpus import Corpus
 from kit.tasks import TASKS, Task, Tokens, suffices
 
 _UNTRAINED = ("zero_shot",)  # kinds of model that train.epochs = 0 is for, and nothing else
+_STEPWISE = ("fgm", "awp", "ema", "swa", "pretrain_epochs", "freeze_embeddings", "freeze_layers", "reinit_layers", "gradient_checkpointing")
+_USUAL = TrainPart()
 SCRATCH = "scratch"  # model.source for a backbone with random weights
 _WAYS = {
     "row": 'set model.pooling to another than "none", or model.kind = "encoder"; language models are for task.kind = "multiple_choice_prompt"',
-    "token": 'set model.kind = "encoder" and model.pooling = "none"',
+    "token": 'set model.kind = "encoder" and model.pooling = "none", or model.kind = "lstm" or "bidaf"',
     "place": 'set model.kind = "causal" or "seq2seq" and model.head = "score", or another task.form',
     "answer_token": 'set model.kind = "causal" or "seq2seq" and model.head = "words", or task.form = "score"',
     "next_token": 'set model.kind = "causal" and model.head = "words"',
@@ -74,8 +76,10 @@ def check(recipe: Recipe) -> None:
         from kit.models.adapters import Adapter  # with torch, as the kind of model has it
 
         Adapter.of(recipe.model.options["adapter"])
-    if recipe.retrieve and not task.submits:
-        raise ConfigError(f'task.kind = "{recipe.task.kind}" learns from its texts alone: leave [retrieve] out')
+    if hasattr(kind, "fit_at_once"):
+        _check_at_once(recipe, task)
+    if recipe.retrieve and not task.retrieves:
+        raise ConfigError(f'task.kind = "{recipe.task.kind}" takes its texts as they are: leave [retrieve] out')
     if recipe.retrieve:
         _check_retriever("retrieve.retriever", recipe.retrieve.retriever.kind, recipe.retrieve.retriever.options)
 
@@ -92,6 +96,12 @@ def backbone(recipe: Recipe, folder: Path, base: Path, texts: Sequence[str], *, 
         kind.invent(folder, lambda: texts, seed=recipe.train.seeds[0], **options)
         manifest.write(folder, "backbone", "backbone")
     return folder
+
+
+def beside(recipe: Recipe, source: Path | None = None) -> list[Path]:
+    """Files and folders that settings of the model name besides model.source: what `create` reads, or without a source `invent`. Raises errors of a missing one."""
+    kind = _entry(MODELS, recipe.model.kind, "model")
+    return kind.beside(recipe.model.options, source) if hasattr(kind, "beside") else []
 
 
 def create_model(recipe: Recipe, task: Task, source: Path) -> Any:
@@ -199,11 +209,18 @@ def digest(values: Any) -> str:
 
 def _fitting(make: Any, recipe: Recipe, task: Task, folder: Path) -> Any:
     options = {name: value for name, value in recipe.model.options.items() if name not in _BACKBONE_OPTIONS}
+    always = getattr(_entry(MODELS, recipe.model.kind, "model"), "gives", None)
+    if isinstance(always, str):  # whatever its settings
+        _check_gives(always, recipe, task, options)
     model = make(folder, outputs=task.outputs, **options)
-    if not suffices(model.gives, task.needs):
-        wrong = f"task {recipe.task.kind!r} with {recipe.task.options} needs {task.needs!r}, but model {recipe.model.kind!r} with {options} gives {model.gives!r}"
-        raise ConfigError(f"{wrong}: {_WAYS[task.needs]}")
+    _check_gives(model.gives, recipe, task, options)
     return model
+
+
+def _check_gives(gives: str, recipe: Recipe, task: Task, options: Mapping[str, Any]) -> None:
+    if not suffices(gives, task.needs):
+        wrong = f"task {recipe.task.kind!r} with {recipe.task.options} needs {task.needs!r}, but model {recipe.model.kind!r} with {dict(options)} gives {gives!r}"
+        raise ConfigError(f"{wrong}: {_WAYS[task.needs]}")
 
 
 def _entry(registry: Mapping[str, str], kind: str, label: str) -> Any:
@@ -217,6 +234,18 @@ def _entry(registry: Mapping[str, str], kind: str, label: str) -> Any:
         if (error.name or "").split(".")[0] == "kit":
             raise
         raise DependencyError(f"{label}.kind = {kind!r} needs package {error.name!r}: pip install {error.name}, or choose another kind ({', '.join(registry)})") from None
+
+
+def _check_at_once(recipe: Recipe, task: Task) -> None:
+    """Refuse what only training step by step could do."""
+    if task.blends != "values":
+        why = f'learns numbers as they are, and task.kind = "{recipe.task.kind}" predicts {task.blends}'
+        raise ConfigError(f'model.kind = "{recipe.model.kind}" {why}: choose another kind of one of them')
+    changed = {name: value for name, value in recipe.train if name in _STEPWISE and value != getattr(_USUAL, name)}
+    changed |= {"epochs": recipe.train.epochs} if recipe.train.epochs != 1 else {}
+    if changed:
+        named = ", ".join(f"train.{name} = {value!r}" for name, value in changed.items())
+        raise ConfigError(f'{named}: model.kind = "{recipe.model.kind}" is fitted at once: set train.epochs = 1, and leave the others out')
 
 
 def _check_retriever(part: str, kind: str, options: Mapping[str, Any]) -> None:

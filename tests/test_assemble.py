@@ -74,6 +74,45 @@ def test_check_names_the_key_and_what_is_wrong(competition: Path, override: str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=3", r"train\.epochs = 3: "),
+        ("train.epochs=0", r"train\.epochs = 0: "),
+        ("train.fgm=0.5", r"train\.fgm = 0\.5: "),
+        ("train.awp=0.1", r"train\.awp = 0\.1: "),
+        ("train.ema=0.99", r"train\.ema = 0\.99: "),
+        ("train.freeze_layers=2", r"train\.freeze_layers = 2: "),
+        ("train={epochs=2, swa=1}", r"train\.swa = 1, train\.epochs = 2: "),
+    ],
+)
+def test_check_refuses_training_step_by_step_of_what_is_fitted_at_once(tmp_path: Path, override: str, message: str) -> None:
+    parts = {"task": {"kind": "essay_regression"}, "model": {"kind": "frozen", "source": "encoder"}, "train": {"epochs": 1, "seeds": [1, 2]}}
+    recipe = Recipe.of({**tiny.recipe(tmp_path).model_dump(exclude_none=True), **parts})
+    assemble.check(recipe)
+    with pytest.raises(ConfigError, match=r'model\.kind = "frozen" learns numbers as they are, and task\.kind = "multiple_choice" predicts probabilities: '):
+        assemble.check(recipe.with_overrides(["task={kind='multiple_choice'}"]))
+    with pytest.raises(ConfigError, match=message + r'model\.kind = "frozen" is fitted at once: set train\.epochs = 1, and leave the others out'):
+        assemble.check(recipe.with_overrides([override]))
+
+
+def test_beside_names_what_else_a_model_reads(tmp_path: Path) -> None:
+    made = tiny.recipe(tmp_path).model_dump(exclude_none=True)
+    for name in ("first", "second"):
+        tiny.encoder_folder(tmp_path / name)
+    frozen = Recipe.of({**made, "model": {"kind": "frozen", "source": "first", "also": ["second"]}})
+    assert assemble.beside(frozen, tmp_path / "first") == [tmp_path / "second"] and assemble.beside(frozen) == []
+    with pytest.raises(BundleError, match="third is missing"):
+        assemble.beside(frozen.with_overrides(["model.also=['third']"]), tmp_path / "first")
+    vectors = tmp_path / "vectors.txt"
+    reader = Recipe.of({**made, "model": {"kind": "lstm", "source": "scratch", "config": {"vectors": str(vectors)}}})
+    with pytest.raises(ConfigError, match=r"model\.config\.vectors = '.*vectors\.txt': no such file"):
+        assemble.beside(reader)
+    vectors.write_text("a 1 2\n")
+    assert assemble.beside(reader) == [vectors] and assemble.beside(reader, tmp_path / "first") == []
+    assert assemble.beside(tiny.recipe(tmp_path)) == []
+
+
 def language(folder: Path, *overrides: str, **parts: dict[str, Any]) -> Recipe:
     """A recipe for a decoder, whose parts are those given."""
     values = tiny.recipe(folder).model_dump(exclude_none=True)
@@ -95,7 +134,9 @@ def language(folder: Path, *overrides: str, **parts: dict[str, Any]) -> Recipe:
         ("model.quantise='nf3'", r"model\.quantise = 'nf3': input should be 'none' or 'nf4'"),
         ("model={kind='encoder', source='bert', adapter={r=8}}", r"unknown key 'model\.adapter' \(known: "),
         ("model={kind='seq2seq', source='t5', adapter={r=8}}", r"unknown key 'model\.adapter' \(known: "),
-        ("task={kind='causal_lm'}", r'task\.kind = "causal_lm" learns from its texts alone: leave \[retrieve\] out'),
+        ("task={kind='causal_lm'}", r'task\.kind = "causal_lm" takes its texts as they are: leave \[retrieve\] out'),
+        ("task={kind='extractive_qa'}", r'task\.kind = "extractive_qa" takes its texts as they are: leave \[retrieve\] out'),
+        ("task={kind='essay_regression'}", r'task\.kind = "essay_regression" takes its texts as they are: leave \[retrieve\] out'),
         ("task.template='{context}'", r"task\.template = '\{context\}' has no \{prompt\}: put it where the prompt goes"),
     ],
 )
@@ -165,6 +206,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ADVICE = {
     "row": r"set model\.pooling .*, or model\.kind = \"encoder\"",
+    "token": r"set model\.kind = \"encoder\" and model\.pooling = \"none\", or model\.kind = \"lstm\" or \"bidaf\"",
     "place": r"set model\.kind .* and model\.head = \"score\", or another task\.form",
     "answer_token": r"set model\.kind .* and model\.head = \"words\", or task\.form = \"score\"",
     "next_token": r"set model\.kind = \"causal\" and model\.head = \"words\"",
@@ -198,7 +240,9 @@ def test_a_model_fits_a_task_or_is_refused_with_what_to_change(
     ("kind", "fits"),
     [
         ("causal_lm-usual", {"causal", "zero_shot"}),
-        ("multiple_choice-usual", {"encoder", "rules"}),
+        ("essay_regression-usual", {"encoder", "frozen", "rules"}),
+        ("extractive_qa-usual", {"bidaf", "encoder", "lstm"}),
+        ("multiple_choice-usual", {"encoder", "frozen", "rules"}),
         ("multiple_choice_prompt-letter", {"causal", "seq2seq", "zero_shot"}),
         ("multiple_choice_prompt-score", {"causal-score", "seq2seq-score"}),
     ],

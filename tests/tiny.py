@@ -21,6 +21,8 @@ from kit.config import Recipe
 from kit.models.encoder import Encoder
 from kit.models.tokens import FILE, HFTokens, train_wordpiece
 from kit.tasks.causal_lm import Document
+from kit.tasks.essay_regression import Essay, EssayRegression
+from kit.tasks.extractive_qa import Answer, Reading, Span, as_prediction
 from kit.tasks.multiple_choice import LETTERS, Question
 
 TEXTS = (
@@ -64,15 +66,23 @@ _T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "r
 MODELS: dict[str, dict[str, Any]] = {
     "causal": {"config": {**_SIZES, "model_type": "llama", "num_key_value_heads": 1}, "vocab_size": 500},
     "encoder": {"config": FAMILIES["bert"], "vocab_size": 500},
+    "frozen": {"config": FAMILIES["bert"], "vocab_size": 500},
+    "bidaf": {"config": {"dimension": 8}, "vocab_size": 200},
+    "lstm": {"config": {"dimension": 8}, "vocab_size": 200},
     "rules": {"config": {"least_documents": 1}},
     "seq2seq": {"config": {**_T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, "vocab_size": 500},
 }
 """Options for `invent` of every kind of model."""
+AT_ONCE = {"frozen"}
+"""Kinds of model that are fitted at once, not by gradient."""
 UNTRAINED = {"zero_shot": "causal"}
 """Kinds of model that are never trained, and the kind whose folders they read."""
 WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "causal": (("next_token", {}), ("place", {"head": "score", "others": True}), ("next_token", {"adapter": {"r": 4, "dropout": 0.0}, "precision": "fp32"})),
     "encoder": (("row", {}), ("token", {"pooling": "none"})),
+    "bidaf": (("token", {"hidden_size": 6}),),
+    "lstm": (("token", {"hidden_size": 6}),),
+    "frozen": (("row", {}),),
     "rules": (("row", {}),),
     "seq2seq": (("answer_token", {}), ("place", {"head": "score"})),
     "zero_shot": (("next_token", {"precision": "fp32"}),),
@@ -219,23 +229,84 @@ def _log_probabilities(width: int) -> Predictions:
     return Predictions(*(rows.astype(np.float32) for rows in (np.zeros((1, width)), others, np.full((1, width), -20.0))))
 
 
+def essays(n: int) -> list[Essay]:
+    """Essays of several of the TEXTS, with grades from 1 to 5."""
+    rng = np.random.default_rng(0)
+    return [Essay(f"e{row}", " ".join(TEXTS[row % len(TEXTS)] for _ in range(1 + row % 3)), tuple(rng.integers(2, 11, 6) / 2)) for row in range(n)]
+
+
+def write_essays(path: Path, examples: Sequence[Essay]) -> Path:
+    """A table of essays."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text_id", "full_text", *EssayRegression().columns])
+        writer.writerows([one.id, one.text, *(one.grades or ())] for one in examples)
+    return path
+
+
+def _values(width: int) -> Predictions:
+    others = np.random.default_rng(0).uniform(1, 5, (20, width))
+    return Predictions(*(rows.astype(np.float32) for rows in (np.full((3, width), 3.0), others, np.full((1, width), np.nan))))
+
+
+def readings(n: int) -> list[Reading]:
+    """Questions about TEXTS."""
+    made = []
+    for row in range(n):
+        text = TEXTS[row % len(TEXTS)]
+        answer = " ".join(text.split()[1 + row % 3 : 3 + row % 3]).strip(".,")
+        made.append(Reading(f"r{row}", f"Which words stand in text {row}?", text, (Answer(answer, text.index(answer)),), f"text {row % 10}"))
+    return made
+
+
+def write_readings(path: Path, examples: Sequence[Reading]) -> Path:
+    """A flat table of readings."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "title", "question", "context", "answers"])
+        for one in examples:
+            answers = [{"text": answer.text, "answer_start": answer.start} for answer in one.answers or ()]
+            writer.writerow([one.id, one.title, one.question, one.context, json.dumps(answers)])
+    return path
+
+
+def _spans(width: int) -> Predictions:
+    rng = np.random.default_rng(0)
+
+    def row(top: float) -> list[Span]:
+        starts = rng.permutation(40)[:8]
+        logs = np.sort(np.append(rng.uniform(-6, top - 0.3, 7), top))[::-1]
+        return [Span(int(start), int(start + rng.integers(3, 12)), float(log_p)) for start, log_p in zip(starts, logs, strict=True)]
+
+    sure, others = as_prediction([row(0.0) for _ in range(3)]), as_prediction([row(float(rng.uniform(-2, -0.1))) for _ in range(20)])
+    return Predictions(sure, others, as_prediction([[Span(0, 5, -1e4)]]))
+
+
 class TaskExample(NamedTuple):
-    """What a test needs to try a kind of task: settings by name, examples of it, how they become a table and an answers table, predictions of a width."""
+    """What a test needs to try a kind of task: settings by name, examples of it, how they become a table and an answers table, predictions of a width.
+
+    spoilt: what no cell of a prediction may hold; empty where there is nothing such.
+    """
 
     settings: dict[str, dict[str, Any]]
     examples: Callable[[int], list[Any]]
     write: Callable[[Path, Sequence[Any]], Path]
     predictions: Callable[[int], Predictions]
+    spoilt: str = "no prediction at all"
 
 
 _FORMS: dict[str, dict[str, Any]] = {
     "letter": {}, "orders": {"orders": 2}, "likelihood": {"form": "likelihood", "normalise": True}, "yes_no": {"form": "yes_no"},
     "binary": {"form": "yes_no", "objective": "binary"}, "score": {"form": "score"},
 }  # fmt: skip
+_QA = {"max_length": 48, "stride": 12, "max_question": 12}
 TASKS: dict[str, TaskExample] = {
     "causal_lm": TaskExample(
-        {"usual": {"max_length": 24}}, documents, lambda path, examples: write_corpus(path, [one.text for one in examples]), _log_probabilities
+        {"usual": {"max_length": 24}, "packed": {"max_length": 24, "packing": True}, "keyed": {"max_length": 24, "key_words": ["of"], "key_alpha": 0.5}},
+        documents, lambda path, examples: write_corpus(path, [one.text for one in examples]), _log_probabilities
     ),
+    "essay_regression": TaskExample({"usual": {"max_length": 24}}, essays, write_essays, _values),
+    "extractive_qa": TaskExample({"usual": _QA}, readings, write_readings, _spans, " "),
     "multiple_choice": TaskExample({"usual": {"max_length": 48}}, questions, write_questions, _probabilities),
     "multiple_choice_prompt": TaskExample({name: {"max_length": 180, **form} for name, form in _FORMS.items()}, questions, write_questions, _probabilities),
 }  # fmt: skip

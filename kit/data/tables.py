@@ -1,4 +1,4 @@
-"""Reads and checks a table of texts: CSV, gzipped CSV, Parquet, JSON lines. Does not know what the columns mean, except `id`.
+"""Reads and checks a table of texts: CSV, gzipped CSV, Parquet, JSON lines, SQuAD's JSON. Does not know what the columns mean, except `id`.
 
 Every value is a text exactly as in the file ("None", "NA", "" and " x " stay); Parquet and JSON numbers become their digits and
 nulls "". A damaged file is refused with the line, never repaired.
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kit.data.squad import flatten
 from kit.errors import DataError, nearest
 
 _SHOWN = 80  # characters of a value in an error
@@ -28,11 +29,16 @@ _SHOWN = 80  # characters of a value in an error
 
 @dataclass(frozen=True)
 class Table:
-    """A checked table. source: its file. frame: (N, columns) of str. lines: the file's line where each row begins, if known."""
+    """A checked table. source: its file. frame: (N, columns) of str. lines: the file's line where each row begins, if known.
+
+    places: where else each row stands in the file, if that is known. ids: the column that names the rows.
+    """
 
     source: str
     frame: pd.DataFrame
     lines: Sequence[int] = ()
+    places: Sequence[str] = ()
+    ids: str = "id"
 
     def error(self, why: str, *, row: int | None = None, column: str | None = None) -> DataError:
         """The DataError that names this file, the row (0-based position in `frame`, shown 1-based), the column and the value there."""
@@ -47,23 +53,25 @@ class Table:
 
     def _aside(self, row: int, column: str | None) -> str:
         parts = [f"line {self.lines[row]} of the file"] if len(self.lines) else []
-        if "id" in self.frame and column != "id":
-            parts.append(f"id {_shown(self.frame['id'].iloc[row])}")
+        parts += [self.places[row]] if len(self.places) else []
+        if self.ids in self.frame and column != self.ids:
+            parts.append(f"{self.ids} {_shown(self.frame[self.ids].iloc[row])}")
         return f" ({', '.join(parts)})" if parts else ""
 
 
 class _Raw(NamedTuple):
-    """A file's texts before the checks: column names, columns of values, and the line of each row where lines exist."""
+    """A file's texts before the checks: column names, columns of values, and the line or the place of each row where there are such."""
 
     names: list[str]
     columns: list[Sequence[str]]
-    lines: Sequence[int]
+    lines: Sequence[int] = ()
+    places: Sequence[str] = ()
 
 
-def read_table(path: str | Path, *, ids: bool = True) -> Table:
-    """The table of a .csv, .csv.gz, .parquet or .jsonl file (UTF-8, with or without BOM), columns in the file's order.
+def read_table(path: str | Path, *, ids: str | None = "id") -> Table:
+    """The table of a .csv, .csv.gz, .parquet or .jsonl file (UTF-8, with or without BOM), columns in the file's order, or of SQuAD's .json or .json.gz.
 
-    ids: require a column `id` of distinct texts that are not blank. Raises DataError, naming the line, row or column, where
+    ids: the column that must be there with distinct texts that are not blank, if any. Raises DataError, naming the line, row or column, where
     the file is missing, empty, damaged or ragged, or has no rows.
     """
     path = Path(path)
@@ -75,9 +83,9 @@ def read_table(path: str | Path, *, ids: bool = True) -> Table:
     _check_names(path, names)
     if not len(raw.columns[0]):
         raise DataError(f"{path}: has column names but no rows: give a table with at least one row")
-    table = Table(str(path), pd.DataFrame(dict(zip(names, raw.columns, strict=True)), dtype=object), raw.lines)
+    table = Table(str(path), pd.DataFrame(dict(zip(names, raw.columns, strict=True)), dtype=object), raw.lines, raw.places, ids or "id")
     if ids:
-        _check_ids(table)
+        _check_ids(table, ids)
     return table
 
 
@@ -129,13 +137,31 @@ def _csv_fault(error: str, begun: int, line: int) -> str:
 
 
 def _read_gzipped_csv(path: Path, data: bytes) -> _Raw:
+    return _read_csv(path, _unpacked(path, data))
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
     try:
         data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be unpacked as gzip ({error}): download it again, or drop .gz from its name") from None
     if not data.strip():
         raise DataError(f"{path}: is empty once unpacked: write or download it again")
-    return _read_csv(path, data)
+    return data
+
+
+def _read_json(path: Path, data: bytes) -> _Raw:
+    """SQuAD's readings, or answers by question id."""
+    try:
+        values = json.loads(_decoded(path, data), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    rows = flatten(str(path), values)
+    return _Raw([*rows.columns], [*rows.columns.values()], places=rows.places)
+
+
+def _read_gzipped_json(path: Path, data: bytes) -> _Raw:
+    return _read_json(path, _unpacked(path, data))
 
 
 def _read_jsonl(path: Path, data: bytes) -> _Raw:
@@ -184,7 +210,7 @@ def _read_parquet(path: Path, data: bytes) -> _Raw:
     if not table.num_columns:
         raise DataError(f"{path}: has no columns: write it again")
     columns: list[Sequence[str]] = [_parquet_texts(path, name, column) for name, column in zip(table.column_names, table.columns, strict=True)]
-    return _Raw(table.column_names, columns, ())
+    return _Raw(table.column_names, columns)
 
 
 def _parquet_texts(path: Path, name: str, column: pa.ChunkedArray) -> list[str]:
@@ -210,18 +236,18 @@ def _check_names(path: Path, names: list[str]) -> None:
         first[name] = position
 
 
-def _check_ids(table: Table) -> None:
-    if "id" not in table.frame:
+def _check_ids(table: Table, column: str) -> None:
+    if column not in table.frame:
         names = list(table.frame)
         if names[0] in ("", "Unnamed: 0"):
-            raise table.error(f"column 'id' is missing; the first column, named {names[0]!r}, looks like a saved row index: name it 'id'")
-        raise table.error(f"column 'id' is missing{nearest('id', names)}: name the column of row identifiers 'id'")
+            raise table.error(f"column {column!r} is missing; the first column, named {names[0]!r}, looks like a saved row index: name it {column!r}")
+        raise table.error(f"column {column!r} is missing{nearest(column, names)}: name the column of row identifiers {column!r}")
     first: dict[str, int] = {}
-    for row, value in enumerate(table.frame["id"]):
+    for row, value in enumerate(table.frame[column]):
         if not value.strip():
-            raise table.error("the id is empty: give every row its own", row=row, column="id")
+            raise table.error("the id is empty: give every row its own", row=row, column=column)
         if value in first:
-            raise table.error(f"row {first[value] + 1} has the same id: give every row its own", row=row, column="id")
+            raise table.error(f"row {first[value] + 1} has the same id: give every row its own", row=row, column=column)
         first[value] = row
 
 
@@ -235,4 +261,7 @@ def _one_line(error: Exception) -> str:
 
 
 _JSON_WORDS = {None: "", True: "true", False: "false"}
-_READERS = {".csv": _read_csv, ".csv.gz": _read_gzipped_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
+_READERS = {
+    ".csv": _read_csv, ".csv.gz": _read_gzipped_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl,
+    ".json": _read_json, ".json.gz": _read_gzipped_json,
+}  # fmt: skip

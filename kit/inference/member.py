@@ -116,11 +116,11 @@ def weigh(members: Sequence[Member], method: str = "auto") -> Weighed:
     targets = targets[:, 0] if targets.shape[1] == 1 else targets
     hints = _hints(first, next(iter(sources.values())).shape[1])
     whole = [member.name for member in members]
-    blend = Blend.fit(sources, targets, task.merit, method=method, hints=hints, complete=whole)
+    blend = Blend.fit(sources, targets, task.merit, kind=task.blends, method=method, hints=hints, complete=whole)
     honest = blend.oof(whole)  # leaving out what has no weight, below, has seen every row
-    useful = [name for name, weight in blend.weights(whole).items() if weight > 0]
+    useful = [name for name, weight in blend.weights(whole).items() if weight]
     if len(useful) < len(whole):
-        blend = Blend.fit(sources, targets, task.merit, method=method, hints=hints, complete=useful)
+        blend = Blend.fit(sources, targets, task.merit, kind=task.blends, method=method, hints=hints, complete=useful)
     name, metric = next(iter(task.metrics.items()))
     estimates = {who: bootstrap(metric, values, targets) for who, values in {**{m: sources[m] for m in whole}, "blend": honest}.items()}
     return Weighed(blend, targets, {who: {name: estimate.value, "se": estimate.se} for who, estimate in estimates.items()})

@@ -11,7 +11,8 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from kit import __version__, assemble, manifest, paths, runtime
 from kit.budget import Budget
+from kit.data.competition import find_test, named_in, sample_beside
 from kit.data.tables import read_table
 from kit.errors import BundleError, DataError, KitError
 from kit.inference import cost
@@ -83,35 +85,44 @@ def infer(
 ) -> Outcome:
     """Score a test set with the member bundles named (folders, or names mounted below `root`) and write the submission.
 
-    Without `bundles`, every member bundle below `root` is used; without `test`, the competition's test.csv found there and the
-    sample submission beside it. Index bundles are found by the name their member gives. Whatever a member dies of, the others go on, and the outcome
-    names it. State and log go to `<out>.run` beside the submission; the same call continues there. Raises DataError for a wrong test set and
-    BundleError if no member can be used, both after the fallback submission is written where that is possible.
+    Without `bundles`, every member bundle below `root` is used; without `test`, the competition's test set found there, under the name that the
+    members' recipes give it or another usual one, and the sample submission beside it. Index bundles are found by the name their member gives.
+    Whatever a member dies of, the others go on, and the outcome names it. State and log go to `<out>.run` beside the submission; the same call
+    continues there. Raises DataError for a wrong test set and BundleError if no member can be used, both after the fallback submission is written
+    where that is possible.
 
     use_contexts = False scores without retrieval, to see what it is worth. method: of the blend, as in kit.inference.blend. patience_s: a scoring
     process that gives no sign of life for so long hangs. open_crew: who scores, opened on the run folder (None: processes).
     """
     root = root or runtime.input_root()
-    if test is None:
-        folder = paths.find_competition(root)
-        test, sample = folder / "test.csv", sample or _fitting_sample(folder)
     if bundles is None:
         bundles = [folder for _, folder in sorted(paths.find_bundles(root).items()) if manifest.read(folder).kind == "member"]
+    if test is None:
+        test = find_test(root, named_in(_recipes(bundles, root)))
+        sample = sample or _fitting_sample(test)
     options = _Options(bundles, Path(test), Path(out), sample, root, use_contexts, method, patience_s, open_crew)
     return _Inference(options, budget or Budget()).run()
 
 
-def _fitting_sample(folder: Path) -> Path | None:
+def _recipes(bundles: Iterable[str | Path], root: Path) -> Iterator[Path]:
+    """Where the recipes of member bundles are, as far as these are there."""
+    for bundle in bundles:
+        with suppress(BundleError):
+            yield paths.find_bundle(bundle, root) / "recipe.toml"
+
+
+def _fitting_sample(test: Path) -> Path | None:
     """The sample submission beside a test set, if it names the same ids; one that does not must not cost the run."""
-    sample = folder / "sample_submission.csv"
-    if not sample.is_file():
+    sample = sample_beside(test)
+    if sample is None:
         return None
     try:
-        if set(read_table(sample).frame["id"]) == set(read_table(folder / "test.csv").frame["id"]):
+        named, asked = (read_table(path, ids=None).frame for path in (sample, test))
+        if set(named.iloc[:, 0]) == set(asked.get(named.columns[0], [])):  # the first column of a submission names the rows
             return sample
-        log.warning("%s names other ids than test.csv: rows are written in the order of test.csv", sample)
+        log.warning("%s names other ids than %s: rows are written in the order of the latter", sample, test.name)
     except DataError as error:
-        log.warning("%s: rows are written in the order of test.csv", error)
+        log.warning("%s: rows are written in the order of %s", error, test.name)
     return None
 
 
@@ -143,7 +154,7 @@ class _Inference:
         with self.budget.measure("fallback"):
             members = self._open()
             self.task = members[0].task
-            self.submission = Submission.open(self.options.out, self.task, read_table(self.options.test), self.options.sample)
+            self.submission = Submission.open(self.options.out, self.task, read_table(self.options.test, ids=self.task.id_column), self.options.sample)
             self.examples = self.submission.examples
             self.submission.write()
         crew = self._start_crew(members)
@@ -294,7 +305,7 @@ class _Inference:
         self.guess = np.full((rows, width), np.nan, np.float32)
         players = [self._player(member, slots[0]) for member in self.members]
         known = self.weighed.blend, self.weighed.targets
-        return Planner(players, *known, task.merit, task.doubt, task.regret, rows, width, on_decision=self.decided, hints=self.hints)
+        return Planner(players, *known, task.merit, task.doubt, task.regret, rows, width, task.average, on_decision=self.decided, hints=self.hints)
 
     def _player(self, member: Member, device: str) -> Player:
         settings, key = member.recipe.retrieve, self.keys[member.name]

@@ -19,6 +19,7 @@ from kit.budget import Cost, Interval
 from kit.inference.cost import FETCH_S
 from kit.inference.gains import NOTHING, Gains, Pattern, Pooling
 from kit.inference.lookahead import Step, insurance, together, worth_having
+from kit.tasks import mean_of_fits
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class _Candidate(NamedTuple):
 class Planner:
     """The state of a run, and the choice of what is next.
 
-    blend: fitted on the members' OOF; targets, merit, doubt, regret: of the OOF rows and the task. rows, width: shape (N, C) of the test predictions.
+    blend: fitted on the members' OOF; targets, merit, doubt, regret, average: of the OOF rows and the task. rows, width: shape (N, C) of the test predictions.
     hints: (N, C) each, as they come; for blends that use them.
     """
 
@@ -129,6 +130,7 @@ class Planner:
     regret: Callable[[np.ndarray, np.ndarray], np.ndarray]
     rows: int
     width: int
+    average: Callable[[np.ndarray], np.ndarray] = mean_of_fits
     on_decision: Callable[[str], None] = log.info
     dropped: dict[str, str] = field(default_factory=dict)
     fetch: dict[str, Cost] = field(default_factory=dict)
@@ -377,7 +379,7 @@ class Planner:
         """Of one more fit of a source (N,): averaging k predictions takes 1/k of what varies between them away."""
         second = (_REPEAT * _REPEAT_ROWS + self._regret_sum) / (_REPEAT_ROWS + self._regret_rows)
         weights = self.blend.weights(self._core or frozenset(self._sources))
-        share = weights.get(source, 0.0) / (sum(weights.values()) or 1.0)
+        share = abs(weights.get(source, 0.0)) / (sum(map(abs, weights.values())) or 1.0)
         count = np.maximum(count, 1)
         return second * share * 2.0 / (count * (count + 1)) * self._doubt / max(float(self._doubt.mean()), 1e-6)
 
@@ -423,7 +425,7 @@ class Planner:
         alive += [Pass(p.name, "", view) for p in self.players for view in self._views[p.name] if view in p.more and p.name not in self.dropped]
         names = frozenset(work.source for work in alive)
         weights = self.blend.weights(names) if names else {}
-        self._core = frozenset(name for name in names if weights[name] > 0) or names
+        self._core = frozenset(name for name in names if weights[name]) or names
         self._wanted = None
         self._pool(np.arange(self.rows))
 
@@ -470,9 +472,7 @@ class Planner:
         scores = np.stack([self._scores[other][rows] for other in self._fellows(work) if other in self._scores])  # (F, n, C)
         good = np.isfinite(scores).all(-1)
         count = good.sum(0)
-        total = np.where(good[..., None], scores, 0.0).sum(0, dtype=np.float64)
-        with np.errstate(invalid="ignore"):
-            self._mean[work.source][rows] = total / count[:, None]
+        self._mean[work.source][rows] = self.average(scores)
         self._has[work.source][rows] = count > 0
         if (twice := count == 2).any():
             belief = self._mean[work.source][rows][twice]

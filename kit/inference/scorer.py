@@ -98,7 +98,7 @@ class Scorer:
         self._base = Path(place["base"]) if place.get("base") else None
         self._recipe = Recipe.load(self._folder / "recipe.toml")
         self._task = assemble.make_task(self._recipe)
-        self._examples = self._task.read(read_table(Path(setup["test"])))
+        self._examples = self._task.read(read_table(Path(setup["test"]), ids=self._task.id_column))
         self._contexts = Contexts(run, place["key"]) if place["key"] else None
         self._fit: str | None = None
         self._model: Any = None
@@ -182,7 +182,7 @@ class Fetcher:
         place, task = setup["contexts"][key], dict(setup["task"])
         self._index, self._settings = Path(place["index"]), RetrievePart.model_validate(place["settings"])
         self._task = replace(assemble.task_of_kind(task.pop("kind")), **task)  # type: ignore[type-var]  # tasks are dataclasses
-        self._examples = self._task.read(read_table(Path(setup["test"])))
+        self._examples = self._task.read(read_table(Path(setup["test"]), ids=self._task.id_column))
         self._contexts = Contexts(run, key)
         self._library: assemble.Library | None = None
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from kit.data.squad import answers_json
 from kit.data.tables import Table, read_table
-from kit.errors import DataError
+from kit.errors import ConfigError, DataError
 from kit.manifest import write_atomically
 from kit.metrics import bootstrap
 from kit.tasks import Task
@@ -38,8 +40,8 @@ class Submission:
         ids = [example.id for example in examples]
         if sample is None:
             return cls(path, task, test, examples, ids)
-        table = read_table(sample)
-        order = table.frame["id"].tolist()
+        table = read_table(sample, ids=task.id_column)
+        order = _column(table, task.id_column).tolist()
         different = sorted(set(order) ^ set(ids))
         if different:
             where = "not in the test set" if different[0] in order else "not in the sample submission"
@@ -47,17 +49,17 @@ class Submission:
         return cls(path, task, test, examples, order)
 
     def write(self, prediction: np.ndarray | None = None) -> None:
-        """Replace the file by these predictions (N, C); without any, by the task's fallback (options in their order).
+        """Replace the file by these predictions (N, C); without any, by the task's fallback (options in their order, …).
 
         Raises DataError, and leaves the file as it was, where the site would refuse the new one; OSError where it cannot be written.
         """
         if prediction is None:
             prediction = np.full((len(self.examples), self.task.width(self.examples)), np.nan, np.float32)
         rows = self.task.rows(prediction, self.examples)
-        rows = rows.set_index("id", drop=False).loc[list(self.order)].reset_index(drop=True)
-        if faults := self.task.check(table := Table(str(self.path), rows), self.test):
+        rows = rows.set_index(self.task.id_column, drop=False).loc[list(self.order)].reset_index(drop=True)
+        if faults := self.task.check(table := Table(str(self.path), rows, ids=self.task.id_column), self.test):
             raise table.error(faults[0].why, row=faults[0].row, column=faults[0].column)
-        content = rows.to_csv(index=False, lineterminator="\n").encode()
+        content = self._content(rows).encode()
         try:
             write_atomically(self.path, content)
         except OSError:  # the disk is full: what was kept free for this
@@ -65,6 +67,14 @@ class Submission:
             write_atomically(self.path, content)
         with suppress(OSError):
             self._reserve.write_bytes(bytes(_RESERVES * len(content)))
+
+    def _content(self, rows: pd.DataFrame) -> str:
+        """CSV, or for a path that ends in .json the answers by id, as the official script of SQuAD takes them. Raises ConfigError where there are no such."""
+        if self.path.suffix != ".json":
+            return str(rows.to_csv(index=False, lineterminator="\n"))
+        if list(rows) != ["id", "answer"]:
+            raise ConfigError(f"{self.path}: JSON is for answers by id, and this submission has the columns {', '.join(rows)}: name it .csv")
+        return answers_json(rows["id"].tolist(), rows["answer"].tolist())
 
     def close(self) -> None:
         """Give back the room that was kept for the next version."""
@@ -81,19 +91,27 @@ def score(submission: Path, answers: Path, task: Task) -> dict[str, float]:
 
     Raises DataError naming the row and the reason where the site would refuse the file.
     """
-    submitted, known = read_table(submission), read_table(answers)
-    _check_ids(submitted, known)
-    in_order = known.frame.set_index("id", drop=False).loc[submitted.frame["id"].tolist()].reset_index(drop=True)
-    prediction, targets = task.parse(submitted, Table(known.source, in_order))
+    submitted, known = (read_table(path, ids=task.id_column) for path in (submission, answers))
+    column = task.id_column
+    _check_ids(submitted, known, column)
+    in_order = known.frame.set_index(column, drop=False).loc[submitted.frame[column].tolist()].reset_index(drop=True)
+    prediction, targets = task.parse(submitted, Table(known.source, in_order, ids=column))
     values = {name: metric(prediction, targets) for name, metric in task.metrics.items()}
     return values | {"se": bootstrap(next(iter(task.metrics.values())), prediction, targets).se, "n": len(targets)}
 
 
-def _check_ids(submitted: Table, known: Table) -> None:
-    here, there = submitted.frame["id"].tolist(), set(known.frame["id"])
+def _column(table: Table, name: str) -> pd.Series:
+    """A column of a table. Raises DataError where there is none."""
+    if name not in table.frame:
+        raise DataError(f"{table.source}: column {name!r} is missing (columns: {', '.join(table.frame.columns)}): give the competition's own file")
+    return table.frame[name]
+
+
+def _check_ids(submitted: Table, known: Table, column: str) -> None:
+    here, there = _column(submitted, column).tolist(), set(_column(known, column))
     for row, id_ in enumerate(here):
         if id_ not in there:
-            raise submitted.error(f"this id is not in {known.source}", row=row, column="id")
+            raise submitted.error(f"this id is not in {known.source}", row=row, column=column)
     missing = there - set(here)
     if missing:
         raise DataError(f"{submitted.source}: id {min(missing)!r} of {known.source} is missing ({len(missing)} in all): every test row needs a prediction")

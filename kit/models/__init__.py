@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from kit.tasks import Tokens
 
 MODELS = {
+    "bidaf": "kit.models.recurrent:BiDAF",
     "causal": "kit.models.causal:Causal",
     "encoder": "kit.models.encoder:Encoder",
+    "frozen": "kit.models.frozen:Frozen",
+    "lstm": "kit.models.recurrent:LSTM",
     "rules": "kit.models.rules:Rules",
     "seq2seq": "kit.models.seq2seq:Seq2Seq",
     "zero_shot": "kit.models.zero_shot:ZeroShot",
@@ -23,7 +26,9 @@ MODELS = {
 class Model(Protocol):
     """An nn.Module. gives: one of the words of kit.tasks.Task.needs.
 
-    One that is never trained has `create`, `load`, `tokens`, `forward` and `save` only.
+    One that is never trained has `create`, `load`, `tokens`, `forward` and `save` only; one that is fitted at once has these and
+    `fit_at_once(batches, targets)`: collated batches, and what `forward` should give for their rows (R, outputs), in that order. One whose settings
+    name files besides its backbone has `beside(options, source)`, a class method: those that `create` reads, or with source None those that `invent` does.
     """
 
     gives: str

@@ -25,6 +25,8 @@ Metric = Callable[[np.ndarray, Sequence[Any]], float]
 
 TASKS = {
     "causal_lm": "kit.tasks.causal_lm:CausalLM",
+    "essay_regression": "kit.tasks.essay_regression:EssayRegression",
+    "extractive_qa": "kit.tasks.extractive_qa:ExtractiveQA",
     "multiple_choice": "kit.tasks.multiple_choice:MultipleChoice",
     "multiple_choice_prompt": "kit.tasks.prompted:Prompted",
 }
@@ -151,6 +153,14 @@ def suffices(gives: str, needs: str) -> bool:
     return gives == needs or (gives, needs) == ("next_token", "answer_token")
 
 
+def mean_of_fits(predictions: np.ndarray) -> np.ndarray:
+    """The mean (N, C) float64 of predictions (F, N, C), each row over the fits in which it is finite; NaN where it is in none."""
+    good = np.isfinite(predictions).all(-1)
+    total = np.where(good[..., None], predictions, 0.0).sum(0, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(total / good.sum(0)[:, None])
+
+
 class Task(Protocol):
     """needs: what a model must give, see `suffices`: of padded sequences (Tokens.pad) "row" (R, outputs) or "token" (R, T, outputs); of batches of trees
     (PromptTokens.join) with at (M,), places row * T + column, "place" (M, outputs), what its head reads there, or "answer_token" or "next_token" (M,),
@@ -169,9 +179,25 @@ class Task(Protocol):
 
     @property
     def submits(self) -> bool:
-        """Whether predictions are handed in. If not, the task makes a model for others to start from: examples have no context, and check, parse and
-        rows raise ConfigError.
+        """Whether predictions are handed in. If not, the task makes a model for others to start from: check, parse and rows raise ConfigError.
         """
+        ...
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether examples may be given a context that is found for them."""
+        ...
+
+    @property
+    def blends(self) -> str:
+        """What predictions are, and so how they are blended: "probabilities" (N, C) of options; "values" (N, K), weights may be negative; "spans" (N, 3n),
+        the n best, each first character, character after the last and log-probability, best first (see kit.tasks.spans): no answer is (-1, -1, it).
+        """
+        ...
+
+    @property
+    def id_column(self) -> str:
+        """The column that names the rows, in tables and in submissions; examples have it as `id`."""
         ...
 
     @property
@@ -211,12 +237,22 @@ class Task(Protocol):
         """Per-feature scores → prediction per example, float32 (N, C)."""
         ...
 
+    def is_labelled(self, example: Any) -> bool:
+        """Whether the right answer is known: a test set's examples have none."""
+        ...
+
+    def average(self, predictions: np.ndarray) -> np.ndarray:
+        """Predictions (F, N, C) of several fits → one (N, C), as `mean_of_fits` does for numbers."""
+        ...
+
     def targets(self, examples: Sequence[Any]) -> np.ndarray:
-        """What `metrics` compare predictions with, one row per example."""
+        """What `metrics` compare predictions with, one row per example: of "probabilities" (N,) int64, -1 where unknown; of "values" (N, K) float32,
+        -inf where unknown; of "spans" (N,) object, a JSON text {"context": …, "answers": […]} each.
+        """
         ...
 
     def strata(self, examples: Sequence[Any]) -> np.ndarray:
-        """One label per example for stratified folds."""
+        """What stratified folds spread evenly: one label per example (N,), or several (N, K)."""
         ...
 
     def width(self, examples: Sequence[Any]) -> int:
@@ -244,7 +280,7 @@ class Task(Protocol):
         ...
 
     def merit(self, prediction: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """What each row of a prediction (N, C) adds to the first metric (N,) float64; its mean is the metric."""
+        """What each row of a prediction (N, C) adds to the first metric (N,) float64: its mean is the metric, or rises and falls with it."""
         ...
 
     def doubt(self, prediction: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from kit.errors import ConfigError
 from kit.metrics import accuracy, accuracy_at_k, average_precision, map_at_k
-from kit.tasks import Batch, Fault, Feature, Table, Tokens, View
+from kit.tasks import Batch, Fault, Feature, Table, Tokens, View, mean_of_fits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,9 @@ class MultipleChoice:
     needs = "row"
     outputs = 1
     submits = True
+    retrieves = True
+    blends = "probabilities"
+    id_column = "id"
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -173,6 +176,14 @@ class MultipleChoice:
         if features:
             prediction[[feature.row for feature in features]] = _softmax(np.stack(scores).astype(np.float32))
         return prediction
+
+    def average(self, predictions: np.ndarray) -> np.ndarray:
+        """The mean (N, C) over fits (F, N, C)."""
+        return mean_of_fits(predictions)
+
+    def is_labelled(self, example: Question) -> bool:
+        """Whether it has an answer."""
+        return example.answer is not None
 
     def targets(self, examples: Sequence[Question]) -> np.ndarray:
         """Right options (N,) int64, -1 where unknown."""

@@ -12,10 +12,8 @@ from kit.config import Recipe
 from kit.errors import BundleError
 from kit.paths import model_folder
 
-_FIT_FILES = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "metrics.json", "model*.safetensors", "model*.safetensors.index.json",
-    "adapter_config.json", "adapter_model.safetensors", "base.json",
-)  # fmt: skip
+_KINDS = (".json", ".jinja", ".safetensors")  # of files that models and tokens save: no pickles
+_NOT_PACKED = ("history.json", "state")  # of training only
 _ON_BASE = ("adapter_config.json", "base.json")  # what a fit has that holds no weights of its own
 _RUN_FILES = ("recipe.toml", "metrics.json", "oof.parquet", "folds.npy")
 
@@ -46,11 +44,20 @@ def pack_run(run: Path, out: Path, *, bundles: Path) -> Path:
     source = str(recipe.model.options["source"])
     if any((run / fit / name).is_file() for fit in fits for name in _ON_BASE) and not source.startswith("bundle:"):
         raise BundleError(f'{run}: is packed without its base, and model.source = "{source}" is no bundle: kit vendor weights, then bundle:NAME, and train again')
-    index = json.loads((run / "inputs.json").read_text())["index"]
+    inputs = json.loads((run / "inputs.json").read_text())
+    if not inputs.get("submits", True):
+        why = f'task.kind = "{recipe.task.kind}" predicts nothing that is handed in, so that it is no member'
+        raise BundleError(f"{run}: {why}: kit generate uses the run, and kit vendor weights {run / fits[0]} makes a base of it for others to start from")
     files = [path for name in _RUN_FILES for path in run.glob(name)]
-    files += [path for fit in fits for name in _FIT_FILES for path in sorted((run / fit).glob(name))]
-    meta = {"recipe": recipe.name, "task": recipe.task.kind, "fits": fits, "index": index, **_licence(recipe, bundles)}
+    files += [path for fit in fits for path in fit_files(run / fit)]
+    meta = {"recipe": recipe.name, "task": recipe.task.kind, "fits": fits, "index": inputs["index"], **_licence(recipe, bundles)}
     return _copy(run, files, out / manifest.slug(run.name), kind="member", **meta)
+
+
+def fit_files(fit: Path) -> list[Path]:
+    """What inference needs of a fit's folder."""
+    found = (path for path in sorted(fit.rglob("*")) if path.suffix in _KINDS and path.relative_to(fit).parts[0] not in _NOT_PACKED)
+    return [path for path in found if path.is_file()]
 
 
 def pack_index(index: Path, out: Path) -> Path:

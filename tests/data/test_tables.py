@@ -76,7 +76,7 @@ def test_any_csv_and_jsonl_reads_back(tmp_path_factory: pytest.TempPathFactory, 
     for suffix, writer in [(".csv", write_csv), (".jsonl", write_jsonl)]:
         path = writer(tmp_path_factory.getbasetemp() / f"any{suffix}", columns)
         write(path, b"\xef\xbb\xbf" * bom + path.read_bytes())
-        assert read_table(path, ids=False).frame.to_dict("list") == columns
+        assert read_table(path, ids=None).frame.to_dict("list") == columns
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
@@ -142,7 +142,7 @@ def test_jsonl_numbers_keep_their_digits_and_null_is_blank(tmp_path: Path) -> No
 
 
 def test_ids_are_not_required_when_not_asked_for(tmp_path: Path) -> None:
-    assert len(read_table(write(tmp_path / "t.csv", "a,b\n1,2\n1,2\n"), ids=False).frame) == 2
+    assert len(read_table(write(tmp_path / "t.csv", "a,b\n1,2\n1,2\n"), ids=None).frame) == 2
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_missing_file_a_folder_and_an_unknown_kind_are_refused(tmp_path: Path)
     assert_refused(tmp_path / "train.csv", "no such file")
     (tmp_path / "folder.csv").mkdir()
     assert_refused(tmp_path / "folder.csv", "is a folder")
-    assert_refused(write(tmp_path / "t.xlsx", "x"), r"ends in .csv, .csv.gz, .parquet, .jsonl$")
+    assert_refused(write(tmp_path / "t.xlsx", "x"), r"ends in .csv, .csv.gz, .parquet, .jsonl, .json, .json.gz$")
     assert_refused(write(tmp_path / "inner", "x"), "the kind of table is unknown")
     assert_refused(tmp_path / "inner" / "t.csv", "cannot be read: Not a directory")
 
@@ -252,6 +252,12 @@ def test_an_error_names_file_row_line_id_column_and_value(tmp_path: Path) -> Non
     assert str(table.error("is missing", column="prompt")) == f"{path}: column 'prompt': is missing"
     assert str(table.error("is missing", row=0, column="prompt")) == f"{path}: row 1 (line 2 of the file, id 'x'), column 'prompt': is missing"
     assert str(table.error("is odd")) == f"{path}: is odd"
+
+
+def test_errors_name_rows_by_the_column_of_their_ids(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text_id,full_text\nx,one\n")
+    table = read_table(path, ids="text_id")
+    assert str(table.error("is odd", row=0, column="full_text")) == f"{path}: row 1 (line 2 of the file, text_id 'x'), column 'full_text' = 'one': is odd"
 
 
 def test_an_error_counts_positions_whatever_the_frames_index_and_shortens_long_values() -> None:

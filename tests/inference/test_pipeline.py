@@ -26,6 +26,7 @@ import kit
 from kit import manifest
 from kit.budget import Budget
 from kit.config import Recipe
+from kit.data.tables import read_table
 from kit.errors import BundleError, DataError
 from kit.inference.crew import Event, Fetch, Order
 from kit.inference.member import Member, weigh
@@ -763,6 +764,19 @@ def test_everything_is_found_by_its_mount(blended: Workshop, tmp_path: Path, mon
     assert outcome.finished
     assert outcome.scored == {folder.name: packed.TEST_ROWS for folder in blended.members.values()}
     assert_valid(tmp_path, blended.competition / "test.csv")
+
+
+def test_a_test_set_of_another_name_and_format_is_found(shop: Workshop, tmp_path: Path) -> None:
+    expected = run(shop, tmp_path / "csv", "plain", sample=shop.competition / "sample_submission.csv")
+    root = mount(shop, tmp_path / "input")
+    folder = root / "competitions" / "exam"
+    read_table(folder / "test.csv").frame.to_json(folder / "test.jsonl", orient="records", lines=True)
+    (folder / "test.csv").unlink()
+    outcome = infer([shop.members["plain"]], out=tmp_path / "submission.csv", root=root, budget=Budget(3600, 60, 0), open_crew=crews.Thread)
+    assert outcome.finished and outcome.submission.read_bytes() == expected.submission.read_bytes()
+    (folder / "test.jsonl").rename(folder / "hidden.jsonl")
+    with pytest.raises(DataError, match=r"no test set below .*: looked for test\.csv, .*test\.jsonl \(tables there: .*hidden\.jsonl.*: attach"):
+        infer([shop.members["plain"]], out=tmp_path / "submission.csv", root=root)
 
 
 def test_members_are_found_by_name_below_the_root(shop: Workshop, tmp_path: Path) -> None:
