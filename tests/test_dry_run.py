@@ -1,10 +1,12 @@
-"""The dry run's machinery on a tiny setting: two notebooks in sealed boxes, from the sample competition to a submission.
+"""The dry run's machinery on a tiny setting: two notebooks in sealed boxes, from the sample competition to a submission, and the other task families.
 
 One of the three members is an adapter in four bits, whose base lies beside it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -14,9 +16,12 @@ from typer.testing import CliRunner
 
 from kit import manifest
 from kit.cli import app
+from kit.config import Recipe
 from kit.data.tables import read_table
 from kit.errors import KitError, RehearsalError
+from kit.rehearsal import dryrun
 from kit.rehearsal.dryrun import dry_run
+from kit.rehearsal.families import FAMILIES, Family
 from tests import packed
 
 INSTALL = """
@@ -49,6 +54,32 @@ outcome.save(Path.cwd())
 """
 
 
+ROWS = {"essay_regression": 120, "extractive_qa": 56, "causal_lm": 168}
+_SIZES = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+SHORT = {
+    "sample_essays": [
+        "task.max_length=64", "model.source=scratch", "model.vocab_size=1500", "model.pooling=mean",
+        *(f"model.config.{key}={value}" for key, value in _SIZES.items()), "model.config.max_position_embeddings=64",
+        "train.epochs=4", "train.lr=5e-3", "train.freeze_embeddings=false", "train.freeze_layers=0",
+    ],
+    "sample_reading": ["train.epochs=3", "train.batch_size=2", "train.lr=3e-4", "train.freeze_layers=3"],
+    "sample_text": [
+        "task.max_length=64", "model.vocab_size=600", "model.config.n_embd=48", "model.config.n_layer=1", "model.config.n_head=2",
+        "train.epochs=2", "train.batch_size=4", "train.lr=4e-3",
+    ],
+}  # fmt: skip
+
+
+def tiny_families(folder: Path) -> list[Family]:
+    """Those of the dry run, with settings for seconds."""
+    families = []
+    for family in FAMILIES:
+        path = folder / f"{family.recipe}.toml"
+        path.write_text(Recipe.load(family.recipe, SHORT[family.recipe]).to_toml(), encoding="utf-8")
+        families.append(replace(family, recipe=str(path)))
+    return families
+
+
 def write_notebooks(folder: Path, train: str = TRAIN, infer: str = INFER) -> Path:
     folder.mkdir(exist_ok=True)
     for name, code in (("train", train), ("infer", infer)):
@@ -57,13 +88,14 @@ def write_notebooks(folder: Path, train: str = TRAIN, infer: str = INFER) -> Pat
 
 
 @pytest.mark.slow
-def test_both_notebooks_run_sealed_and_what_is_unchanged_is_not_run_again(tmp_path: Path) -> None:
+def test_both_notebooks_run_sealed_and_what_is_unchanged_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebooks = write_notebooks(tmp_path / "notebooks")
     root = tmp_path / "artifacts" / "dry-run"
     earlier = root / "train" / "working" / "artifacts" / "bundles" / "earlier"
     earlier.mkdir(parents=True)
     manifest.write(earlier, "earlier", "code")
-    summary, table = dry_run(tmp_path / "artifacts", notebooks)
+    families = tiny_families(tmp_path)
+    summary, table = dry_run(tmp_path / "artifacts", notebooks, families)
     assert not (root / "infer" / "input" / "earlier").exists()
     assert summary["sockets"] == []
     assert summary["reused"] == []
@@ -75,14 +107,26 @@ def test_both_notebooks_run_sealed_and_what_is_unchanged_is_not_run_again(tmp_pa
     assert set(summary["map@3"]) >= {"random", "longest", "overlap", "test", "without_context", "oof", "folds", *summary["weights"]}
     assert all(0 <= estimate["value"] <= 1 for name, estimate in summary["map@3"].items() if name not in ("oof", "folds"))
     assert "blend = submission.csv" in table
+    assert set(summary["families"]) == {"essay_regression", "extractive_qa", "causal_lm"}
+    for kind, judged in summary["families"].items():
+        assert judged["rows"] == ROWS[kind]
+        assert judged["seconds"] > 0 and judged["se"] > 0 and judged["baseline"]["se"] > 0
+        assert judged["gain"]["value"] > 2 * judged["gain"]["se"], f"{kind} is better than {judged['baseline']['name']}, by more than chance"
+        assert f"{kind}, {judged['metric']}" in table and judged["baseline"]["name"] in table
+    assert not list(root.glob("family-*/input/test_answers.*"))
 
-    again, _ = dry_run(tmp_path / "artifacts", notebooks)
-    assert again["reused"] == ["train", "infer", "infer without contexts", *alone]
+    again, _ = dry_run(tmp_path / "artifacts", notebooks, families)
+    assert again["reused"] == ["train", "infer", "infer without contexts", *alone, *(family.name for family in families)]
     assert again["map@3"] == summary["map@3"]
+    assert again["families"] == summary["families"]
 
     write_notebooks(tmp_path / "notebooks", infer=INFER.replace("outcome.save", "outcome.failures['one'] = 'broke'; outcome.save"))
+    Path(families[0].recipe).write_text(Recipe.load(families[0].recipe, ["task.columns=['grammar', 'beauty']"]).to_toml(), encoding="utf-8")
+    monkeypatch.setattr(dryrun, "dry_run", partial(dry_run, families=families))  # the command has no say in which
     done = CliRunner().invoke(app, ["dry-run", "--artifacts", str(tmp_path / "artifacts"), "--notebooks", str(tmp_path / "notebooks")])
     assert "FAILED: one: broke" in done.stdout
+    assert "FAILED: family sample_essays: kit train failed: error: " in done.stdout and "'beauty'" in done.stdout
+    assert "extractive_qa, F1" in done.stdout and "causal_lm, perplexity" in done.stdout, "the others are not lost"
     assert done.exit_code == 1
 
     write_notebooks(tmp_path / "notebooks", infer=INFER + "\nraise RuntimeError('changed')")

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +25,17 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from kit import manifest, runtime
+from kit import assemble, manifest, runtime
+from kit.config import Recipe
+from kit.data.competition import find_test, named_in, sample_beside
 from kit.errors import BundleError, ConfigError, RehearsalError, nearest
 from kit.rehearsal.injure import FAULTS, RUN, SUBMISSION, Fault, Run, infer_command, kill, lives, own_disk
-from kit.rehearsal.lint import lint
-from kit.rehearsal.rerun import SAMPLE, TEST
+from kit.rehearsal.lint import judge
 from kit.sample import write_sample
+from kit.tasks import Task
 from kit.vendor.bundle import pack
 
-ANSWERS = "test_answers.csv"
+ANSWERS = "test_answers"  # .csv, .json …: as the test set
 PROMISED_S = 5.0  # after its first start there is a valid file
 GRACE_S = 2.0  # that a run may end late, and that what it started may live longer
 _KILLED_RUN_S = 1800.0  # budget of a run that is to be killed: time enough, so that time decides nothing
@@ -96,7 +99,7 @@ def chaos(
         while len(tally.kills) < kills:
             tally.stories.append(_killed_run(bench, folder / "runs" / f"{len(tally.stories):04d}", rng, kills - len(tally.kills), bar))
     told = {name: _try(bench, name, fault) for name, fault in tqdm(chosen.items(), "faults", disable=None)}
-    summary = {**tally.summary(), "map@3": bench.metric, "run_s": round(bench.seconds, 1), "seconds": round(time.monotonic() - begun, 1), "faults": told}
+    summary = {**tally.summary(), bench.metric_name: bench.metric, "run_s": round(bench.seconds, 1), "seconds": round(time.monotonic() - begun, 1), "faults": told}
     manifest.write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
     broken = [*tally.broken, *(f"fault {name}: {_verdict(entry)}" for name, entry in told.items() if not (entry["valid"] and entry["in_time"]))]
     if broken:
@@ -153,27 +156,43 @@ class Bench:
             raise BundleError(f"{self.bundles}: no member bundle: pack a trained run into it")
         return found
 
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Of the first member: they are all for one competition."""
+        return Recipe.load(self.members[0] / "recipe.toml")
+
+    @cached_property
+    def task(self) -> Task:
+        """What the members do."""
+        return assemble.make_task(self.recipe)
+
     @property
-    def sample(self) -> Path | None:
-        """The sample submission, if the competition has one."""
-        return self.competition / SAMPLE if (self.competition / SAMPLE).is_file() else None
+    def metric_name(self) -> str:
+        """What decides."""
+        return next(iter(self.task.metrics))
+
+    @cached_property
+    def test(self) -> Path:
+        """The test set. Raises DataError."""
+        return find_test(self.competition, named_in(member / "recipe.toml" for member in self.members))
 
     def command(self, out: Path) -> list[str]:
         """Inference of all members with time enough."""
-        return infer_command(self.members, self.competition / TEST, self.sample, out, seconds=_KILLED_RUN_S)
+        return infer_command(self.members, self.test, sample_beside(self.test), out, seconds=_KILLED_RUN_S)
 
     def objection(self, submission: Path) -> str:
         """Why the site could not score it, or what it would wonder at; empty for a valid one."""
-        findings = lint(submission, sample=self.sample, test=self.competition / TEST)
+        findings = judge(submission, self.task, sample=sample_beside(self.test), test=self.test)
         return next((found.what for found in findings if found.level != "ok"), "")
 
     def score(self, submission: Path) -> float:
         """The metric, by `kit score`."""
-        command = [runtime.python(), "-m", "kit", "score", str(submission), str(self.competition / ANSWERS), "--json"]
+        answers = self.competition / f"{ANSWERS}{''.join(self.test.suffixes)}"
+        command = [runtime.python(), "-m", "kit", "score", str(submission), str(answers), "--task", self.recipe.task.kind, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RehearsalError(f"`kit score` of {submission}: {done.stderr.strip().splitlines()[-1:]}")
-        return float(json.loads(done.stdout.splitlines()[-1])["map@3"])
+        return float(json.loads(done.stdout.splitlines()[-1])[self.metric_name])
 
 
 def _sample(folder: Path) -> tuple[Path, Path]:
@@ -392,7 +411,7 @@ def _try(bench: Bench, name: str, fault: Fault) -> dict[str, Any]:
     fault.before(bundles / bench.victim)
     place, limit_s = folder / "run", fault.limit_s or fault.seconds
     with own_disk(place, fault.disk_mb):
-        with Run.start(fault.command(members, bench.competition / TEST, bench.sample, place / SUBMISSION), place, folder / "run.log") as run:
+        with Run.start(fault.command(members, bench.test, sample_beside(bench.test), place / SUBMISSION), place, folder / "run.log") as run:
             fault.during(run)
             code = _finish(run, max(0.0, limit_s + _LATE_S - run.seconds))
         seconds, objection = run.seconds, bench.objection(run.submission)
@@ -405,7 +424,7 @@ def _try(bench: Bench, name: str, fault: Fault) -> dict[str, Any]:
             "in_time": code is not None and seconds <= limit_s + GRACE_S and not orphans,
             "seconds": round(seconds, 1),
             "rows_scored": max(run.outcome.get("scored", {}).values(), default=0),
-            "map@3": metric,
+            bench.metric_name: metric,
             "lost": None if metric is None else round(bench.metric - metric, 4),
         }
     shutil.rmtree(bundles)

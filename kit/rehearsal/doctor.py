@@ -23,6 +23,7 @@ from tqdm import tqdm
 import kit
 from kit import assemble, manifest, paths, runtime
 from kit.config import Recipe
+from kit.data.competition import SAMPLE, find_test, named_in, sample_beside
 from kit.data.tables import Table, read_table
 from kit.errors import DataError, KitError
 from kit.manifest import Manifest
@@ -162,30 +163,44 @@ def _hash(files: Sequence[Path]) -> list[str]:
 
 def _competition(site: Site) -> Iterator[Said]:
     try:
-        folder = paths.find_competition(site.root)
+        path = find_test(site.root, named_in(member.locate("recipe.toml") for member in site.members))
     except DataError as error:
         yield Said(site.fault, str(error), "attach the competition under “Add input”")
         return
-    test = read_table(folder / "test.csv")
+    test = read_table(path, ids=None)
     yield Said("ok", f"{test.source}: {len(test.frame)} rows, columns {', '.join(test.frame)}")
+    names = []
     for member in site.members:
-        if why := _refusal(_read_as, member, test):
-            yield Said("error", f"{member.name} cannot read the test set: {why}", "attach the competition that this member was trained for")
-    sample = folder / "sample_submission.csv"
-    yield judge_sample(read_table(sample), test) if sample.is_file() else Said("ok", "no sample_submission.csv: rows go in the order of test.csv")
+        try:
+            names.append(_read_as(member, path))
+        except KitError as error:
+            yield Said("error", f"{member.name} cannot read the test set: {error}", "attach the competition that this member was trained for")
+    if sample := sample_beside(path):
+        known = read_table(sample, ids=None)
+        yield judge_sample(known, test, next(iter(names), str(known.frame.columns[0])))
+    else:
+        yield Said("ok", f"no {SAMPLE}: rows go in the order of {path.name}")
 
 
-def judge_sample(sample: Table, test: Table) -> Said:
-    """Whether a sample submission has the ids of the test set."""
-    ids, known = sample.frame["id"].tolist(), test.frame["id"].tolist()
+def judge_sample(sample: Table, test: Table, column: str) -> Said:
+    """Whether a sample submission has the ids of the test set. column: the one that holds them."""
+    first, other = (Path(table.source).name for table in (sample, test))
+    for table in (sample, test):
+        if column not in table.frame:
+            what = f"{table.source} has no column {column!r} (columns: {', '.join(table.frame)}): rows go in the order of {other}"
+            return Said("warning", what, "compare both files, unless they are the site's own")
+    ids, known = sample.frame[column].tolist(), test.frame[column].tolist()
     if different := sorted(set(ids) ^ set(known)):
-        what = f"{sample.source} and test.csv differ in {len(different)} ids, the first {different[0]!r}"
-        return Said("warning", f"{what}: rows go in the order of test.csv", "compare both files, unless they are the site's own")
-    return Said("ok", f"sample_submission.csv has the ids of test.csv, in {'the same' if ids == known else 'another'} order")
+        what = f"{sample.source} and {other} differ in {len(different)} ids, the first {different[0]!r}"
+        return Said("warning", f"{what}: rows go in the order of {other}", "compare both files, unless they are the site's own")
+    return Said("ok", f"{first} has the ids of {other}, in {'the same' if ids == known else 'another'} order")
 
 
-def _read_as(member: Manifest, test: Table) -> None:
-    assemble.make_task(_recipe(member)).read(test)
+def _read_as(member: Manifest, test: Path) -> str:
+    """Read a test set as inference does; gives the column of its ids. Raises ConfigError, DataError."""
+    task = assemble.make_task(_recipe(member))
+    task.read(read_table(test, ids=task.id_column))
+    return task.id_column
 
 
 # --- the installation ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The whole main job on the sample competition, as on the competition machine, and a summary of what came out.
 
 Two boxes below artifacts/dry-run, each with input/, working/ and a python/ without the kit, which the notebooks install: `train` runs
-notebooks/train.ipynb, `infer` runs notebooks/infer.ipynb on what `train` packed. A stage whose inputs have not changed is not run again. Knows no model.
+notebooks/train.ipynb, `infer` runs notebooks/infer.ipynb on what `train` packed. Then the other task families, without notebooks, by the kit that `train`
+installed. A stage whose inputs have not changed is not run again. Knows no model.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any
 import numpy as np
 
 from kit import manifest, runtime
+from kit.config import Recipe
 from kit.data.tables import read_table
 from kit.errors import KitError
 from kit.metrics import Estimate, bootstrap
 from kit.rehearsal import box as sealed
 from kit.rehearsal import guard
 from kit.rehearsal.baselines import longest, overlap, random_map
+from kit.rehearsal.families import FAMILIES, Family, judge, play
 from kit.rehearsal.limits import Limits
 from kit.retrieval.bm25 import BM25
 from kit.retrieval.corpus import Corpus
@@ -40,22 +43,28 @@ _ANSWERS = "test_answers.csv"
 _WITHOUT = "infer without contexts"
 
 
-def dry_run(artifacts: Path, notebooks: Path) -> tuple[dict[str, Any], str]:
-    """Run both notebooks; gives the summary (also in artifacts/dry-run/summary.json) and a table to print. Raises KitError."""
+def dry_run(artifacts: Path, notebooks: Path, families: Sequence[Family] = FAMILIES) -> tuple[dict[str, Any], str]:
+    """Run both notebooks and the families; gives the summary (also in artifacts/dry-run/summary.json) and a table to print.
+
+    Raises KitError where a notebook fails; members and families that fail are among the summary's failures.
+    """
     for name in ("train.ipynb", "infer.ipynb"):
         if not (notebooks / name).is_file():
             raise KitError(f"{notebooks / name} is missing: give --notebooks the folder that holds train.ipynb and infer.ipynb")
-    return _DryRun((artifacts / "dry-run").resolve(), notebooks.resolve()).run()
+    return _DryRun((artifacts / "dry-run").resolve(), notebooks.resolve(), families).run()
 
 
 @dataclass
 class _DryRun:
     root: Path
     notebooks: Path
+    families: Sequence[Family]
     seconds: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
     attempts: list[str] = field(default_factory=list)
     alone: list[Path] = field(default_factory=list)
+    judged: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> tuple[dict[str, Any], str]:
         self.answers = write_sample(self.root / "answers") / _ANSWERS
@@ -76,6 +85,8 @@ class _DryRun:
             self._stage(f"infer {name} alone", [made, bundles], partial(self._infer, infer, f"infer {name} alone", [members[name]]))
             self.alone.append(self._again(f"infer {name} alone") / "submission.run")
         shutil.copyfile(infer / "working" / "submission.csv", self.root / "submission.csv")
+        for family in self.families:
+            self._family(family, made, train)
         summary = self._summary(train, infer)
         manifest.write_atomically(self.root / "summary.json", json.dumps(summary, indent=1))
         return summary, _table(summary)
@@ -115,16 +126,37 @@ class _DryRun:
 
     def _infer(self, box: Path, stage: str, members: Sequence[Path], *options: str) -> None:
         """The rows of the test set once more, by the kit that the notebook installed, and guarded as it was."""
-        python, out = box / "python", self._again(stage)
+        out = self._again(stage)
         shutil.rmtree(out, ignore_errors=True)
+        test = next((box / "input").rglob("test.csv"))
+        try:
+            self._kit(box, "infer", *members, f"--test={test}", f"--out={out / 'submission.csv'}", *options)
+        except KitError as error:
+            raise KitError(f"{stage}: {error}") from None
+
+    def _family(self, family: Family, made: str, box: Path) -> None:
+        """A family's sample by the kit that the notebook installed; one that fails is named, and costs nothing else."""
+        folder = self._again(family.name)
+        try:
+            key = [made, Recipe.load(family.recipe).digest]
+            self._stage(family.name, key, lambda: play(family, folder, partial(self._kit, box)))
+            judged = judge(family, folder)
+            self.judged[judged.pop("task")] = judged | {"seconds": self.seconds[family.name]}
+        except (KitError, OSError) as error:
+            self.failures[family.name] = str(error)
+
+    def _kit(self, box: Path, *arguments: object) -> dict[str, Any]:
+        """What a verb of the kit says that the notebook installed, guarded as the notebook was. Raises KitError."""
+        python = box / "python"
         log = next(python.glob("lib/python*/site-packages")) / guard.LOG
         log.unlink(missing_ok=True)
-        test = next((box / "input").rglob("test.csv"))
-        command = [python / "bin" / "python", "-m", "kit", "infer", *members, f"--test={test}", f"--out={out / 'submission.csv'}", *options]
-        done = subprocess.run([*map(str, command)], env=runtime.clean_environment(), cwd=python, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise KitError(f"{stage} failed: {done.stderr.strip().splitlines()[-1]}")
+        command = [str(part) for part in (python / "bin" / "python", "-m", "kit", *arguments, "--json")]
+        done = subprocess.run(command, env=runtime.clean_environment(), cwd=python, capture_output=True, text=True, check=False)
         self.attempts += log.read_text().splitlines() if log.is_file() else []
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise KitError(f"kit {arguments[0]} failed: {said[-1]}")
+        return dict(json.loads(done.stdout.splitlines()[-1]))
 
     def _mount_competition(self, box: Path) -> None:
         folder = write_sample(box / "input" / "competitions" / "kit-sample")
@@ -165,7 +197,8 @@ class _DryRun:
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
         return {
             "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 1)}, "parts": _parts(train, outcome), "reused": self.reused, "sockets": self.attempts,
-            "peak_mb": round(peak), "rows": len(questions), "weights": outcome["weights"], "failures": outcome["failures"], "map@3": maps,
+            "peak_mb": round(peak), "rows": len(questions), "weights": outcome["weights"], "map@3": maps, "families": self.judged,
+            "failures": outcome["failures"] | self.failures,
         }  # fmt: skip
 
     def _file_score(self, task: MultipleChoice, path: Path) -> Estimate:
@@ -213,6 +246,9 @@ def _table(summary: dict[str, Any]) -> str:
     lines += [_line(label, maps[name]) for name, label in named.items()]
     lines += [_line(f"member {name}, weight {weight:.2f}", maps[name]) for name, weight in summary["weights"].items() if name in maps]
     lines += [_line("blend without contexts", maps["without_context"]), _line("blend = submission.csv", maps["test"])]
+    lines += ["", f"{'other task families, each on its sample':<44} value ± SE"] if summary["families"] else []
+    for kind, judged in summary["families"].items():
+        lines += [_line(f"{kind}, {judged['metric']}", judged), _line(f"  {judged['baseline']['name']}", judged["baseline"])]
     lines += ["", *(f"FAILED: {name}: {reason}" for name, reason in summary["failures"].items())]
     lines += [f"peak memory of one process {summary['peak_mb']} MB, connections tried outside this machine: {len(summary['sockets'])}"]
     return "\n".join(lines)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ SCORING = "Submission Scoring Error"
 _SHOWN = 5  # kinds of faulty predictions
 _AS_SAMPLE = "write predictions in the form of the sample submission"
 _EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}
+_MISSING = {"NaN", "nan", "None", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "-nan", "-NaN"}  # texts that pandas reads as none
 _BOM = b"\xef\xbb\xbf"
 _NEAR = 0.9  # of the nine hours: the hidden test set may take the rest
 
@@ -157,16 +158,30 @@ def lint(
     """What the site would say of a submission file, and of the run with this log; the check of each finding is the site's error class.
 
     sample, test: the competition's own files, to compare ids and columns with. log: as `kaggle kernels output` saves it, or plain text.
-    Raises DataError where sample, test or log cannot be read, ConfigError for an unknown task.
+    task: the kind, with its own defaults. Raises DataError where sample, test or log cannot be read, ConfigError for an unknown task.
     """
-    asked, questions = read_table(sample) if sample else None, read_table(test) if test else None
-    findings = list(_check_file(Path(submission), _Wanted.of(asked, questions, assemble.task_of_kind(task))))
+    return judge(submission, assemble.task_of_kind(task), sample=sample, test=test, log=log)
+
+
+def judge(submission: Path, task: Task, *, sample: Path | None = None, test: Path | None = None, log: Path | None = None) -> list[Finding]:
+    """`lint` by the task that a recipe sets up. A file named *.json holds answers by question id, as the official evaluation of SQuAD takes them."""
+    asked, questions = (_read(path, task) if path else None for path in (sample, test))
+    findings = list(_check_file(Path(submission), _Wanted.of(asked, questions, task)))
     is_valid = not any(found.level == "error" for found in findings)
     if is_valid:
         findings.insert(0, Finding("ok", "submission", f"{submission}: the site can score it"))
-    if asked and questions and (said := judge_sample(asked, questions)).level != "ok":
+    if asked and questions and (said := judge_sample(asked, questions, task.id_column)).level != "ok":
         findings.append(Finding(said.level, "sample submission", said.what, said.todo))
     return findings + (list(_check_log(Path(log), is_valid)) if log else [])
+
+
+def _read(path: Path, task: Task) -> Table:
+    """One of the competition's own files. Raises DataError."""
+    table = read_table(path, ids=None)
+    if task.id_column not in table.frame:
+        columns = ", ".join(map(repr, table.frame))
+        raise DataError(f"{path}: has no column {task.id_column!r} (columns: {columns}): give the competition's own file, and the task that it belongs to")
+    return read_table(path, ids=task.id_column)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------------------
@@ -187,30 +202,36 @@ class _Wanted:
         """The columns of the sample submission, or else of the task; the ids of the sample submission, or else of the test set."""
         columns = list(sample.frame if sample else task.rows(np.zeros((0, task.width([])), np.float32), []))
         known = sample or test
-        return cls(task, columns, known.frame["id"].tolist() if known else [], known.source if known else "", test)
+        return cls(task, columns, known.frame[task.id_column].tolist() if known else [], known.source if known else "", test)
+
+    @property
+    def id_column(self) -> str:
+        """The column that names the rows."""
+        return self.task.id_column
 
 
 def _check_file(path: Path, wanted: _Wanted) -> Iterator[Finding]:
+    form = _form(path)
     if not path.is_file():
-        others = sorted(other.name for other in path.parent.glob("*.csv")) if path.parent.is_dir() else []
-        there = f"files there: {', '.join(others)}" if others else "no CSV is there"
+        others = sorted(other.name for other in path.parent.glob(f"*{form.suffix}")) if path.parent.is_dir() else []
+        there = f"files there: {', '.join(others)}" if others else f"no {form.name} is there"
         yield Finding("error", NOT_FOUND, f"{path}: no such file ({there})", f"write {NAME} into /kaggle/working; see the log for what stopped the run before")
         return
-    if path.name != NAME:
+    if path.name != NAME and form is not _JSON:
         yield Finding("warning", NOT_FOUND, f"the file is named {path.name}", f"name it {NAME}: the site looks for no other")
     try:
-        table = read_table(path, ids=False)
-        _check_header(path)
+        table = replace(read_table(path, ids=None), ids=wanted.id_column)
+        form.check_header(path)
     except DataError as error:
-        yield Finding("error", SCORING, str(error), "write the file again, as CSV with commas and without an index")
+        yield Finding("error", SCORING, str(error), f"write the file again, as {form.todo}")
         return
     if path.read_bytes().startswith(_BOM):
-        yield Finding("warning", SCORING, f"{path}: begins with a byte order mark, which may be read as a part of the name 'id'", "write it as utf-8, not utf-8-sig")
+        yield Finding("warning", SCORING, f"{path}: begins with a byte order mark, which may be taken for a part of the text", "write it as utf-8, not utf-8-sig")
     wrong = list(_check_columns(table, wanted.columns))
     yield from wrong
     if not any(found.level == "error" for found in wrong):
         yield from _check_ids(table, wanted)
-        yield from _check_predictions(table, wanted)
+        yield from _check_predictions(table, wanted, form.missing)
 
 
 def _check_header(path: Path) -> None:
@@ -224,6 +245,27 @@ def _check_header(path: Path) -> None:
         raise DataError(f"{path}: column {padded!r} has blanks around its name")
 
 
+@dataclass(frozen=True)
+class _Form:
+    """A format of submissions. todo: what to write. missing: texts that its readers take for no value."""
+
+    name: str
+    suffix: str
+    todo: str
+    missing: frozenset[str] = frozenset()
+    check_header: Callable[[Path], None] = lambda path: None
+
+
+_CSV = _Form("CSV", ".csv", "CSV with commas and without an index", frozenset(_MISSING), _check_header)
+_JSON = _Form("JSON", ".json", 'one JSON object, {"question id": "answer", …}, with a text for every id')
+_OTHER = _Form("CSV", ".csv", _CSV.todo)
+
+
+def _form(path: Path) -> _Form:
+    """By the end of the name."""
+    return next((form for form in (_CSV, _JSON) if path.suffix.lower() == form.suffix), _OTHER)
+
+
 def _check_columns(table: Table, wanted: Sequence[str]) -> Iterator[Finding]:
     found = list(table.frame)
     missing, extra = [name for name in wanted if name not in found], [name for name in found if name not in wanted]
@@ -233,48 +275,51 @@ def _check_columns(table: Table, wanted: Sequence[str]) -> Iterator[Finding]:
     elif missing and {name.lower() for name in missing} <= {name.lower() for name in extra}:
         yield Finding("error", SCORING, f"{where}: capitals differ", "name the columns as in the sample submission")
     elif missing or extra:
-        yield Finding("error", SCORING, where, "write exactly the columns of the sample submission")
+        yield Finding("error", SCORING, where, "write exactly the columns of the sample submission, and give the task that it belongs to")
     elif found != list(wanted):
         yield Finding("warning", SCORING, f"{where}: their order differs", "write the columns in the order of the sample submission")
 
 
 def _check_ids(table: Table, wanted: _Wanted) -> Iterator[Finding]:
     """Ids: none blank, each once; where it is known which are wanted: all of them, and no others."""
-    ids = table.frame["id"]
+    column, ids = wanted.id_column, table.frame[wanted.id_column]
     blank = ids.str.strip() == ""
-    yield from _first(table, "id", blank, "the id is empty", "copy every id from test.csv")
-    yield from _first(table, "id", ids.duplicated() & ~blank, "this id stands in an earlier row too", "write one row per id")
+    yield from _first(table, column, blank, "the id is empty", "copy every id from the test set")
+    yield from _first(table, column, ids.duplicated() & ~blank, "this id stands in an earlier row too", "write one row per id")
     if not wanted.ids:
         return
     unknown = ~ids.isin(wanted.ids) & ~blank
-    yield from _first(table, "id", unknown, f"this id is not in {wanted.source}", "copy the ids from test.csv as texts; do not number the rows")
+    yield from _first(table, column, unknown, f"this id is not in {wanted.source}", "copy the ids from the test set as texts; do not number the rows")
     if len(ids) != len(wanted.ids):
         what = f"{table.source}: {len(ids)} rows, but {wanted.source} has {len(wanted.ids)}"
-        yield Finding("error", SCORING, what, "write one row per row of test.csv, and never count on its length")
+        yield Finding("error", SCORING, what, "write one row per row of the test set, and never count on its length")
     missing = sorted(set(wanted.ids) - set(ids))
     if missing:
         what = f"{table.source}: id {missing[0]!r} of {wanted.source} is missing{_count(len(missing))}"
-        yield Finding("error", SCORING, what, "write one row per row of test.csv")
+        yield Finding("error", SCORING, what, "write one row per row of the test set")
     elif sorted(ids) == sorted(wanted.ids):
         moved = ids != pd.Series(wanted.ids)
-        yield from _first(table, "id", moved, f"the rows are in another order than in {wanted.source}", "nothing: rows are matched by id", level="warning")
+        yield from _first(table, column, moved, f"the rows are in another order than in {wanted.source}", "nothing: rows are matched by id", level="warning")
 
 
-def _check_predictions(table: Table, wanted: _Wanted) -> Iterator[Finding]:
-    """Values that are empty, and those that the task refuses: every kind of fault once, at its first row."""
-    names = [name for name in wanted.columns if name != "id"]
-    empty = table.frame[names].apply(lambda column: column.str.strip().str.lower()).isin(_EMPTY)
-    for name in names:
-        yield from _first(table, name, empty[name], "the prediction is empty", "write one in every row, at worst the options in their order")
+def _check_predictions(table: Table, wanted: _Wanted, missing: Collection[str]) -> Iterator[Finding]:
+    """Values that the task refuses, those that are empty apart: every kind of fault once, at its first row. missing: texts that are read as none."""
+    names = [name for name in wanted.columns if name != wanted.id_column]
     try:
         faults = wanted.task.check(table, wanted.test)
     except DataError as error:
         yield Finding("error", SCORING, str(error), "give a sample submission and a task that belong together")
         return
-    is_empty = empty.any(axis=1).to_numpy()
+    texts = table.frame[names]
+    is_faulty = np.isin(np.arange(len(texts)), [fault.row for fault in faults])
+    empty = texts.apply(lambda column: column.str.strip().str.lower()).isin(_EMPTY) & is_faulty[:, None]
+    for name in names:
+        yield from _first(table, name, empty[name], "the prediction is empty", "write one in every row, at worst what the sample submission has")
+        why = "the site may read this word as no value at all"
+        yield from _first(table, name, texts[name].isin(missing) & ~is_faulty, why, "write it with a full stop behind it", level="warning")
     kinds: dict[tuple[str, str], list[int]] = {}
     for fault in faults:
-        if not is_empty[fault.row]:
+        if not empty.at[fault.row, fault.column]:
             kinds.setdefault((fault.column, fault.why), []).append(fault.row)
     for (column, why), rows in list(kinds.items())[:_SHOWN]:
         yield from _first(table, column, table.frame.index.isin(rows), why, _AS_SAMPLE)

@@ -2,7 +2,7 @@
 
 The same staged datasets twice, each time in a new box: with the public test set under the old mount layout, and with a look-alike of the
 hidden one under the new layout with the rerun's marker. Both must give a valid submission to which every member has contributed every row,
-and the first the same bytes as inference outside the box. Knows no task and no model.
+and the first the same, but for the rounding of numbers, as inference outside the box. What a valid submission is, the members' task says.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from packaging.utils import parse_wheel_filename
 from tqdm import tqdm
 
-from kit import manifest, runtime
+from kit import assemble, manifest, runtime
 from kit.config import Recipe
+from kit.data.competition import TESTS, find_test, named_in, sample_beside
 from kit.data.tables import read_table
-from kit.errors import BundleError, ConfigError, RehearsalError
+from kit.errors import BundleError, ConfigError, DataError, RehearsalError
 from kit.manifest import Manifest
 from kit.rehearsal import box
 from kit.rehearsal.doctor import base_of
 from kit.rehearsal.limits import Limits
-from kit.rehearsal.lint import lint
-from kit.rehearsal.rerun import SAMPLE, TEST, link_files, look_alike
+from kit.rehearsal.lint import judge
+from kit.rehearsal.rerun import link_files, look_alike
 from kit.sample import write_sample
+from kit.tasks import Task
 from kit.vendor.bundle import pack
 from kit.vendor.dataset import stage
 from kit.vendor.lookalike import Lookalike
@@ -39,6 +42,7 @@ from kit.vendor.site import DATASET_METADATA
 from kit.vendor.wheels import DISTRIBUTION, Index, pack_code, vendor
 
 SUBMISSION, OUTCOME = "submission.csv", "outcome.json"
+_ROUNDING = 1e-4  # of a number in a submission
 ROWS = 2400  # of the look-alike: some twenty times the public rows of the sample competition
 _OWNER = "owner"
 _ANSWERS = "test_answers.csv"
@@ -85,15 +89,19 @@ def rehearse(
     fail on the site, or differs from what comes out outside the box.
     """
     begun, competition = time.monotonic(), competition.resolve()
-    public_rows = len(read_table(competition / TEST).frame)
     staged = [manifest.verify(folder) for folder in tqdm(_bundles_in(datasets), "verify", disable=None)]
     _check_bases(staged)
+    recipes = _recipes(staged)
+    task = assemble.make_task(Recipe.load(recipes[0])) if recipes else None  # of all: a member of another could not read the test set
+    test = find_test(competition, named_in(recipes))
+    public = read_table(test, ids=task.id_column if task else None).frame
+    public_rows, ids = len(public), task.id_column if task else str(public.columns[0])
     folder = _new_folder(artifacts.resolve() / "rehearsals")
-    play = _Play(staged, notebook, profile, limits or Limits(), level, folder)
+    play = _Play(staged, notebook, profile, limits or Limits(), level, folder, task, test.relative_to(competition), ids)
     steps: dict[str, Callable[[], None]] = {
         "public": lambda: play.run("public", competition, public_rows, _OLD, rerun=False),
         "outside": lambda: play.compare(competition),
-        "rerun": lambda: play.run("rerun", look_alike(competition, folder / competition.name, rows=rows), rows, _NEW, rerun=True),
+        "rerun": lambda: play.run("rerun", play.look_alike(competition, rows), rows, _NEW, rerun=True),
     }
     with tqdm(steps.items(), "rehearse", disable=None) as bar:
         for name, step in bar:
@@ -113,7 +121,10 @@ def rehearse(
 
 @dataclass
 class _Play:
-    """The runs of one rehearsal. problems: what would cost the submission, one line each."""
+    """The runs of one rehearsal. task: of the members, if there are any. test: the test set's place in the competition's folder; ids: the column of its ids.
+
+    problems: what would cost the submission, one line each.
+    """
 
     datasets: Sequence[Manifest]
     notebook: Path
@@ -121,6 +132,9 @@ class _Play:
     limits: Limits
     level: str | None
     folder: Path
+    task: Task | None
+    test: Path
+    ids: str
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     attempts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -158,23 +172,26 @@ class _Play:
         told = {key: outcome.get(key, {}) for key in ("scored", "failures")}
         self.runs[name] = {"seconds": boxed.seconds, "peak_mb": boxed.peak_mb, "rows": rows, "valid": not found, **told}
 
+    def look_alike(self, competition: Path, rows: int) -> Path:
+        """A folder like the competition's, with a test set of so many rows."""
+        return look_alike(competition, self.folder / competition.name, rows=rows, test=str(self.test), ids=self.ids)
+
     def compare(self, competition: Path) -> None:
         """The same inference with the same bundles in the ordinary environment, as a plain process."""
-        out, sample = self.folder / "outside" / SUBMISSION, competition / SAMPLE
+        out, test = self.folder / "outside" / SUBMISSION, competition / self.test
         members = [str(member.root) for _, member in sorted(self.members.items())]
-        command = [runtime.python(), "-m", "kit", "infer", *members, "--test", str(competition / TEST), "--out", str(out)]
-        _run([*command, *(["--sample-submission", str(sample)] if sample.is_file() else [])])
+        command = [runtime.python(), "-m", "kit", "infer", *members, "--test", str(test), "--out", str(out)]
+        _run([*command, *(["--sample-submission", str(sample)] if (sample := sample_beside(test)) else [])])
         inside = self.folder / "public" / "working" / SUBMISSION
-        self.is_identical = inside.is_file() and inside.read_bytes() == out.read_bytes()
+        self.is_identical = inside.is_file() and agree(inside, out, self.ids)
         if not self.is_identical:
             self.problems.append(f"{SUBMISSION} of the public run differs from {out}, made outside the box from the same bundles: compare their packages")
 
     def _faults(self, working: Path, competition: Path) -> Iterator[str]:
         """Why the site would refuse the submission, or not find in it what the sample submission has."""
-        sample, kinds = competition / SAMPLE, {str(member.meta["task"]) for member in self.members.values()}
-        for kind in sorted(kinds):
-            findings = lint(working / SUBMISSION, sample=sample if sample.is_file() else None, test=competition / TEST, task=kind)
-            yield from (f"{finding.check}: {finding.what}" for finding in findings if finding.level != "ok")
+        test = competition / self.test
+        findings = judge(working / SUBMISSION, self.task, sample=sample_beside(test), test=test) if self.task else []
+        yield from (f"{finding.check}: {finding.what}" for finding in findings if finding.level != "ok")
 
     def summary(self) -> dict[str, Any]:
         """Everything but the time."""
@@ -193,6 +210,25 @@ class _Play:
             "forecast": _forecast(self.runs, self.limits.wall_s),
             "problems": self.problems,
         }
+
+
+def agree(one: Path, other: Path, ids: str) -> bool:
+    """Whether two submissions say the same: cell by cell the same text, or outside of the column `ids` numbers that differ by rounding alone.
+
+    Sums of float32 depend on the rows that go through a model together, and these on the speed of the machine.
+    """
+    if one.read_bytes() == other.read_bytes():
+        return True
+    try:
+        first, second = (read_table(path, ids=None).frame for path in (one, other))
+    except DataError:
+        return False
+    if list(first) != list(second) or len(first) != len(second):
+        return False
+    same = (first == second).to_numpy()
+    numbers, others = (frame.drop(columns=ids, errors="ignore").apply(pd.to_numeric, errors="coerce") for frame in (first, second))
+    near = ((numbers - others).abs() <= _ROUNDING).reindex(columns=first.columns, fill_value=False).to_numpy()
+    return bool((same | near).all())
 
 
 def _outcome(path: Path) -> dict[str, Any]:
@@ -244,6 +280,11 @@ def _check_bases(staged: Sequence[Manifest]) -> None:
             raise BundleError(f"{member.name}: its base {base} is not in {where} (bundles: {', '.join(sorted(mounted))}): stage it, too, as `kit vendor bundle` does")
 
 
+def _recipes(staged: Sequence[Manifest]) -> list[Path]:
+    """The recipe files of members."""
+    return [member.locate("recipe.toml") for member in staged if member.kind == "member" and "recipe.toml" in member.files]
+
+
 def _new_folder(rehearsals: Path) -> Path:
     """A folder named by the time, which `latest` leads to from now on."""
     folder, link = rehearsals / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%fZ"), rehearsals / ".latest"
@@ -277,17 +318,17 @@ def staged_or_sample(datasets: Path | None, competition: Path | None, artifacts:
         return sample_datasets(artifacts, profile)
     competition = competition or next(_trained_in(staged), None)
     if competition is None:
-        raise ConfigError(f"{staged}: the folder its members were trained in is not here: give --competition a folder with {TEST}")
+        raise ConfigError(f"{staged}: the folder its members were trained in is not here: give --competition the folder with the test set")
     return staged, competition
 
 
 def _trained_in(datasets: Path) -> Iterator[Path]:
     """Folders with a test set, of the recipes of members."""
-    for found in map(manifest.read, _bundles_in(datasets)):
-        if found.kind == "member" and "recipe.toml" in found.files:
-            folder = Path(Recipe.load(found.locate("recipe.toml")).data.folder)
-            if (folder / TEST).is_file():
-                yield folder
+    for recipe in _recipes([manifest.read(folder) for folder in _bundles_in(datasets)]):
+        data = Recipe.load(recipe).data
+        folder = Path(data.folder)
+        if any((folder / name).is_file() for name in (data.test, *TESTS)):
+            yield folder
 
 
 def sample_datasets(

@@ -64,7 +64,7 @@ def test_kills_fall_over_a_whole_run_and_a_little_after_it_on_all_kinds_of_targe
 
 def test_a_submission_is_valid_only_with_every_id_and_letters_that_are_options(tmp_path: Path) -> None:
     competition = packed.write_competition(tmp_path / "competition")
-    bench = Bench(tmp_path, competition, tmp_path)
+    bench = Bench(packed.workshop().bundles, competition, tmp_path)
     out = tmp_path / SUBMISSION
     assert "no such file" in bench.objection(out)
     shutil.copyfile(competition / "sample_submission.csv", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kit import manifest, runtime
 from kit.config import Recipe
 from kit.rehearsal.doctor import CHECKS, doctor, examine, read_lock
 from kit.rehearsal.findings import Finding
+from kit.sample import write_sample
 from kit.vendor.dataset import stage
 from tests import packed
 from tests.packed import Workshop, read_rows, write_rows
@@ -251,6 +253,65 @@ def test_a_sample_submission_of_other_ids_is_a_warning(mounts: Path) -> None:
     the_only_fault(examine(mounts), "warning", "competition", "differ in 11 ids")
     (mounts / "exam" / "sample_submission.csv").unlink()
     assert "rows go in the order of test.csv" in said(examine(mounts), "competition")
+
+
+ESSAYS = ('task={kind = "essay_regression"}', 'data.test="essays.csv"')
+READINGS = ('task={kind = "extractive_qa"}', 'data.test="test.json"')
+
+
+def mount_other(root: Path, family: str, overrides: tuple[str, ...]) -> Path:
+    """A member and the sample competition of another family; gives the latter."""
+    folder = packed.write_member(root, "reader-12345678")
+    packed.change_member(folder, *overrides)
+    renew(folder)
+    shutil.rmtree(root / "competition", ignore_errors=True)
+    return write_sample(root / "exam", family)
+
+
+def competition_faults(root: Path) -> list[Finding]:
+    return [fault for fault in faults(examine(root)) if fault.check == "competition"]
+
+
+def test_the_test_set_of_every_family_is_found_and_compared_with_its_sample_submission(tmp_path: Path) -> None:
+    essays = mount_other(tmp_path / "a", "essays", ESSAYS)
+    (essays / "test.csv").rename(essays / "essays.csv")
+    mount_other(tmp_path / "b", "readings", READINGS)
+    for root, name in ((tmp_path / "a", "essays.csv"), (tmp_path / "b", "test.json")):
+        assert competition_faults(root) == []
+        told = [found.what for found in examine(root) if found.check == "competition"]
+        assert f"{name}: " in told[0] and told[1] == f"sample_submission.csv has the ids of {name}, in the same order"
+
+
+def test_a_test_set_of_another_name_is_not_found_and_all_names_are_said(tmp_path: Path) -> None:
+    competition = mount_other(tmp_path, "readings", ('task={kind = "extractive_qa"}', 'data.test="dev.json"'))
+    (competition / "test.json").rename(competition / "questions.json")
+    (found,) = competition_faults(tmp_path)
+    assert "looked for dev.json, test.csv, test.json" in found.what and "exam/questions.json" in found.what
+
+
+def test_a_test_set_of_another_family_is_named_with_the_column_that_is_missing(tmp_path: Path) -> None:
+    competition = mount_other(tmp_path, "essays", READINGS)
+    (found,) = [fault for fault in competition_faults(tmp_path) if fault.level == "error"]
+    assert f"cannot read the test set: {competition / 'test.csv'}" in found.what and "column 'id' is missing" in found.what
+
+
+def test_essays_with_an_id_twice_and_a_sample_submission_without_ids_are_named(tmp_path: Path) -> None:
+    competition = mount_other(tmp_path, "essays", ESSAYS)
+    rows = read_rows(competition / "test.csv")
+    write_rows(competition / "test.csv", [*rows, rows[-1]])
+    assert "has the same id" in competition_faults(tmp_path)[0].what
+    write_rows(competition / "test.csv", rows)
+    write_rows(competition / "sample_submission.csv", [("id", "cohesion"), ("1", "3.0")])
+    (found,) = competition_faults(tmp_path)
+    assert (found.level, "has no column 'text_id' (columns: id, cohesion): rows go in the order of test.csv" in found.what) == ("warning", True)
+
+
+def test_damaged_readings_are_named_with_their_place(tmp_path: Path) -> None:
+    competition = mount_other(tmp_path, "readings", READINGS)
+    text = (competition / "test.json").read_text(encoding="utf-8")
+    (competition / "test.json").write_text(text.replace('"context"', '"kontext"', 1), encoding="utf-8")
+    (found,) = competition_faults(tmp_path)
+    assert found.level == "error" and "article 1" in found.what and "key 'context' is missing" in found.what
 
 
 # --- the installation ------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kit.errors import ConfigError, DataError
 from kit.rehearsal.findings import Finding
-from kit.rehearsal.lint import CLUES, COMPUTE, EXCEPTION, NOT_FOUND, SCORING, TIMEOUT, lint, read_log
+from kit.rehearsal.lint import CLUES, COMPUTE, EXCEPTION, NOT_FOUND, SCORING, TIMEOUT, judge, lint, read_log
+from kit.tasks.essay_regression import EssayRegression
+from kit.tasks.extractive_qa import ExtractiveQA
 from tests.packed import write_rows
 
 IDS = ("7", "q-2", "003", "9", "11")
@@ -205,6 +210,154 @@ def test_what_the_user_gives_wrongly_is_refused(tmp_path: Path) -> None:
         lint(path, log=tmp_path / "none.log")
     with pytest.raises(ConfigError, match="task.kind = 'chess' is unknown"):
         lint(path, task="chess")
+
+
+# --- the other families ----------------------------------------------------------------------------------------------------------
+
+GRADES = ("cohesion", "syntax", "vocabulary", "phraseology", "grammar", "conventions")
+ESSAYS = ("0A1", "0b2", "1E9")
+ANSWERS = {"q1": "1809", "q2": "the sea", "q3": "Ann"}
+ESSAY, READER = EssayRegression(), ExtractiveQA()
+
+
+def write_essays(folder: Path) -> dict[str, Path]:
+    """The competition's files, as options of `lint`."""
+    test = write_rows(folder / "test.csv", [("text_id", "full_text"), *((id_, "My essay.") for id_ in ESSAYS)])
+    return {"test": test, "sample": write_rows(folder / "sample_submission.csv", [("text_id", *GRADES), *((id_, *["3.0"] * 6) for id_ in ESSAYS)])}
+
+
+def write_readings(folder: Path) -> dict[str, Path]:
+    """The same, the test set as SQuAD's JSON."""
+    asked = [{"id": id_, "question": "What?"} for id_ in ANSWERS]
+    test = folder / "test.json"
+    test.write_text(json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "Ann saw the sea in 1809. NA", "qas": asked}]}]}), encoding="utf-8")
+    return {"test": test, "sample": write_rows(folder / "sample_submission.csv", [("id", "answer"), *((id_, "the sea") for id_ in ANSWERS)])}
+
+
+def grade(folder: Path, row: int = 0, **changed: str) -> Path:
+    """A submission of essays, some grades of one row changed."""
+    graded = [dict.fromkeys(GRADES, "2.5") | (changed if at == row else {}) for at in range(len(ESSAYS))]
+    return submit(folder, [(id_, *grades.values()) for id_, grades in zip(ESSAYS, graded, strict=True)], ("text_id", *GRADES))
+
+
+def answer(folder: Path, content: str | dict[str, object], name: str = "predictions.json") -> Path:
+    path = folder / "out" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def answer_rows(folder: Path, **changed: str) -> Path:
+    return submit(folder, [*(ANSWERS | changed).items()], ("id", "answer"))
+
+
+def test_good_submissions_of_every_family_pass(tmp_path: Path) -> None:
+    (tmp_path / "qa").mkdir()
+    essays, readings = write_essays(tmp_path), write_readings(tmp_path / "qa")
+    read = [(readings, path, "extractive_qa") for path in (answer_rows(tmp_path / "qa"), answer(tmp_path, ANSWERS))]
+    tried = [(essays, grade(tmp_path), "essay_regression"), *read]
+    for given, path, task in tried:
+        for few in ({}, {"test": given["test"]}, {"sample": given["sample"]}, given):
+            assert [found.level for found in lint(path, task=task, **few)] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"syntax": "5.5"}, ("row 2", "text_id '0b2'", "column 'syntax' = '5.5'", "outside the scale from 1 to 5")),
+        ({"syntax": "2,5"}, ("column 'syntax' = '2,5'", "is no number")),
+        ({"grammar": "inf"}, ("column 'grammar' = 'inf'", "is no number")),
+        ({"grammar": "nan"}, ("column 'grammar' = 'nan'", "the prediction is empty")),
+        ({"cohesion": ""}, ("column 'cohesion' = ''", "the prediction is empty")),
+    ],
+)
+def test_a_wrong_grade_is_named_with_its_essay_column_and_value(tmp_path: Path, changed: dict[str, str], words: tuple[str, ...]) -> None:
+    the_only_fault(lint(grade(tmp_path, 1, **changed), **write_essays(tmp_path), task="essay_regression"), SCORING, *words)
+
+
+def test_a_wrong_grade_in_a_row_with_an_empty_one_is_named_too(tmp_path: Path) -> None:
+    found = errors(lint(grade(tmp_path, 1, cohesion="9", grammar=""), **write_essays(tmp_path), task="essay_regression"))
+    assert ["'grammar' = ''" in found[0].what, "'cohesion' = '9'" in found[1].what, len(found)] == [True, True, 2]
+
+
+def test_the_ids_of_essays_are_those_of_their_own_column(tmp_path: Path) -> None:
+    given = write_essays(tmp_path)
+    rows = [("0A1", *["3"] * 6), ("0A1", *["3"] * 6), ("1000000000.0", *["3"] * 6)]  # 1E9 read as a number
+    found = errors(lint(submit(tmp_path, rows, ("text_id", *GRADES)), **given, task="essay_regression"))
+    assert all(word in fault.what for word, fault in zip(["column 'text_id' = '0A1': this id stands", "'1000000000.0': this id is not in", "'0b2'"], found, strict=True))
+    short = [(str(row), *["3"] * 6) for row in range(3)]
+    the_only_fault(lint(submit(tmp_path, short, ("id", *GRADES)), **given, task="essay_regression"), SCORING, "not 'text_id', 'cohesion'")
+
+
+def test_files_of_another_task_are_refused_with_the_column_that_is_missing(tmp_path: Path) -> None:
+    given = write_essays(tmp_path)
+    with pytest.raises(DataError, match=r"sample_submission\.csv: has no column 'id' \(columns: 'text_id', 'cohesion', .*the task that it belongs to"):
+        lint(grade(tmp_path), **given)
+    with pytest.raises(DataError, match=r"test\.csv: has no column 'id'"):
+        lint(grade(tmp_path), test=given["test"], task="extractive_qa")
+    with pytest.raises(ConfigError):
+        lint(grade(tmp_path), task="causal_lm")  # which hands nothing in
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "todo"),
+    [
+        ({"q1": "1809", "q2": "the sea"}, ["2 rows, but", "id 'q3' of"], "one row per row"),
+        (ANSWERS | {"q9": "Bo"}, ["column 'id' = 'q9': this id is not in", "4 rows, but"], "copy the ids"),
+        (ANSWERS | {"q1": None}, ["the answer of id 'q1' = None is no text"], "one JSON object"),
+        (ANSWERS | {"q1": ["1809"]}, ["the answer of id 'q1' = ['1809'] is no text"], "one JSON object"),
+        (ANSWERS | {"q1": " "}, ["row 1 (answer 1, id 'q1'), column 'answer' = ' ': the prediction is empty"], "write one in every row"),
+        ('{"q1": "1809", "q1": "1810"}', ["key 'q1' stands twice"], "one JSON object"),
+        ('{"q1": "1809", ', ["cannot be read as JSON"], "one JSON object"),
+        ('["1809", "the sea", "Ann"]', ["holds neither readings nor answers"], "one JSON object"),
+        ("", ["is empty (0 bytes)"], "one JSON object"),
+    ],
+)
+def test_wrong_answers_in_json_are_named(tmp_path: Path, content: Any, words: list[str], todo: str) -> None:
+    found = errors(lint(answer(tmp_path, content), **write_readings(tmp_path), task="extractive_qa"))
+    assert len(found) == len(words) and all(word in fault.what for word, fault in zip(words, found, strict=True))
+    assert todo in found[0].todo
+
+
+def test_the_test_set_handed_in_and_json_for_another_task_have_the_wrong_columns(tmp_path: Path) -> None:
+    given = write_readings(tmp_path)
+    the_only_fault(lint(given["test"], task="extractive_qa"), SCORING, "'context', 'question', not 'id', 'answer'")
+    the_only_fault(lint(answer(tmp_path, ANSWERS)), SCORING, "columns are 'id', 'answer', not 'id', 'prediction'")
+
+
+def test_no_answer_is_a_prediction_where_the_recipe_says_so(tmp_path: Path) -> None:
+    given, none = write_readings(tmp_path), {"q1": ""}
+    for path in (answer_rows(tmp_path, **none), answer(tmp_path, ANSWERS | none)):
+        the_only_fault(judge(path, READER, **given), SCORING, "column 'answer' = ''", "empty")
+        assert [found.level for found in judge(path, replace(READER, no_answer=True), **given)] == ["ok"]
+
+
+def test_a_word_that_is_read_as_a_missing_value_is_a_warning_in_csv_only(tmp_path: Path) -> None:
+    given = write_readings(tmp_path)
+    found = judge(answer_rows(tmp_path, q2="NA"), READER, **given)
+    the_only_fault(found, SCORING, "column 'answer' = 'NA'", "no value", level="warning")
+    for path in (answer_rows(tmp_path, q2="NA."), answer_rows(tmp_path, q2="none"), answer(tmp_path, ANSWERS | {"q2": "NA"})):
+        assert [found.level for found in judge(path, READER, **given)] == ["ok"]
+
+
+def test_a_byte_order_mark_in_json_is_a_warning_and_other_formats_do_not_stop_the_check(tmp_path: Path) -> None:
+    marked = answer(tmp_path, "\ufeff" + json.dumps(ANSWERS))
+    the_only_fault(lint(marked, task="extractive_qa"), SCORING, "byte order mark", level="warning")
+    packed = tmp_path / "submission.csv.gz"
+    packed.write_bytes(gzip.compress(grade(tmp_path).read_bytes()))
+    the_only_fault(lint(packed, task="essay_regression"), NOT_FOUND, "submission.csv.gz", level="warning")
+
+
+def test_a_missing_file_names_those_of_its_kind(tmp_path: Path) -> None:
+    answer(tmp_path, ANSWERS, "answers.json")
+    the_only_fault(lint(tmp_path / "out" / "predictions.json", task="extractive_qa"), NOT_FOUND, "files there: answers.json")
+    the_only_fault(lint(tmp_path / "predictions.json", task="extractive_qa"), NOT_FOUND, "no JSON is there")
+
+
+def test_a_sample_submission_without_the_ids_of_the_test_set_is_told_by_the_tasks_column(tmp_path: Path) -> None:
+    given = write_essays(tmp_path)
+    write_rows(given["test"], [("text_id", "full_text"), ("other", "My essay.")])
+    the_only_fault(judge(grade(tmp_path), ESSAY, **given), "sample submission", "differ in 4 ids", level="warning")
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------------------

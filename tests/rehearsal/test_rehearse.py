@@ -16,7 +16,7 @@ from kit import manifest
 from kit.config import Recipe
 from kit.data.tables import read_table
 from kit.errors import BundleError, ConfigError, DataError, RehearsalError
-from kit.rehearsal.rehearse import Rehearsal, rehearse, sample_datasets, staged_or_sample
+from kit.rehearsal.rehearse import Rehearsal, agree, rehearse, sample_datasets, staged_or_sample
 from kit.vendor.dataset import stage
 from kit.vendor.profile import Profile
 from kit.vendor.resolve import Index
@@ -109,7 +109,7 @@ def test_a_damaged_dataset_and_a_missing_competition_stop_it_before_anything_run
         play(datasets, ROOT / "notebooks" / "infer.ipynb", here, tmp_path / "artifacts")
     with pytest.raises(BundleError, match="no datasets: stage a trained run"):
         play(tmp_path / "nowhere", ROOT / "notebooks" / "infer.ipynb", here, tmp_path / "artifacts")
-    with pytest.raises(DataError, match=r"nowhere/test\.csv: no such file"):
+    with pytest.raises(DataError, match=r"no test set below .*nowhere: looked for test\.csv, test\.json, .*no such folder"):
         rehearse(staged, ROOT / "notebooks" / "infer.ipynb", tmp_path / "nowhere", profile=here, artifacts=tmp_path / "artifacts")
     assert not (tmp_path / "artifacts").exists()
 
@@ -181,6 +181,29 @@ def test_a_notebook_that_tells_no_outcome_is_not_believed(staged: Path, here: Pr
         play(tmp_path / "datasets", write_notebook(tmp_path / "silent.ipynb", "pass"), here, tmp_path / "artifacts")
 
 
+@pytest.mark.parametrize(
+    ("rows", "is_same"),
+    [
+        ([("1", "2.500001"), ("2", "Ann")], True),
+        ([("1", "2.51"), ("2", "Ann")], False),
+        ([("1", "2.5"), ("2", "Bo")], False),
+        ([("1.000001", "2.5"), ("2", "Ann")], False),
+        ([("1", "2.5")], False),
+        ([("1", ""), ("2", "Ann")], False),
+    ],
+)
+def test_submissions_agree_that_differ_by_rounding_alone(tmp_path: Path, rows: list[tuple[str, str]], is_same: bool) -> None:
+    ours = packed.write_rows(tmp_path / "ours.csv", [("id", "score"), ("1", "2.5"), ("2", "Ann")])
+    assert agree(ours, packed.write_rows(tmp_path / "theirs.csv", [("id", "score"), *rows]), "id") is is_same
+
+
+def test_a_submission_with_other_columns_or_none_agrees_with_nothing(tmp_path: Path) -> None:
+    ours = packed.write_rows(tmp_path / "ours.csv", [("id", "score"), ("1", "2.5")])
+    assert not agree(ours, packed.write_rows(tmp_path / "theirs.csv", [("id", "grade"), ("1", "2.5")]), "id")
+    (tmp_path / "theirs.csv").write_bytes(b"")
+    assert not agree(ours, tmp_path / "theirs.csv", "id")
+
+
 def test_what_is_not_named_is_what_is_staged_and_where_it_was_trained(staged: Path, here: Profile, tmp_path: Path) -> None:
     shop = packed.workshop()
     copy_of(staged, tmp_path)
@@ -189,7 +212,7 @@ def test_what_is_not_named_is_what_is_staged_and_where_it_was_trained(staged: Pa
     moved = copy_of(staged, tmp_path / "moved", without="*reader-*")
     member = next(moved.glob("plain-*"))
     packed.change_member(member, f"data.folder={tmp_path / 'elsewhere'}")
-    with pytest.raises(ConfigError, match=r"datasets: the folder .* is not here: give --competition a folder with test\.csv"):
+    with pytest.raises(ConfigError, match=r"datasets: the folder .* is not here: give --competition the folder with the test set"):
         staged_or_sample(moved, None, tmp_path, here)
     with pytest.raises(BundleError, match="typo: no datasets"):
         staged_or_sample(tmp_path / "typo", None, tmp_path, here)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import kit
 from kit import runtime
 from kit.data.tables import read_table
 from kit.errors import DataError
+from kit.inference.submission import Submission
+from kit.rehearsal.lint import judge
 from kit.rehearsal.rerun import LONG, ODDITIES, link_files, look_alike
 from kit.sample import write_sample
+from kit.tasks import Task
+from kit.tasks.essay_regression import EssayRegression
+from kit.tasks.extractive_qa import ExtractiveQA
 from kit.tasks.multiple_choice import MultipleChoice
 from tests import packed
 from tests.packed import read_rows, write_rows
@@ -130,6 +138,96 @@ def test_no_rows_a_folder_in_use_and_a_missing_test_set_are_refused(competition:
         look_alike(competition, competition, rows=5)
     with pytest.raises(DataError, match=r"test\.csv: no such file"):
         look_alike(tmp_path / "nowhere", tmp_path / "out", rows=5)
+
+
+# --- the other families ----------------------------------------------------------------------------------------------------------
+
+FAMILIES: dict[str, tuple[Task, str]] = {"essays": (EssayRegression(), "test.csv"), "readings": (ExtractiveQA(), "test.json")}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path, Path]:
+    """A task, and the test sets of its sample competition and of the look-alike."""
+    task, name = FAMILIES[request.param]
+    public = write_sample(tmp_path_factory.mktemp("public") / "sample", request.param)
+    out = look_alike(public, tmp_path_factory.mktemp("hidden") / "sample", rows=120, test=name, ids=task.id_column)
+    return task, public / name, out / name
+
+
+def test_the_task_reads_a_look_alike_of_its_family_and_every_id_is_new(family: tuple[Task, Path, Path]) -> None:
+    task, public, hidden = family
+    known, found = (read_table(path, ids=task.id_column).frame for path in (public, hidden))
+    assert sorted(found) == sorted(known)
+    assert len(task.read(read_table(hidden, ids=task.id_column))) == 120
+    assert not set(found[task.id_column]) & set(known[task.id_column])
+    sample = read_table(hidden.with_name("sample_submission.csv"), ids=task.id_column).frame
+    assert sample[task.id_column].tolist() == found[task.id_column].tolist(), "the file's order is that of the sample submission"
+
+
+def test_every_kind_of_oddity_occurs_in_every_family(family: tuple[Task, Path, Path]) -> None:
+    task, public, hidden = family
+    known, found = (
+        {text for name, column in read_table(path, ids=task.id_column).frame.items() if name != task.id_column for text in column} for path in (public, hidden)
+    )
+    assert [kind for kind, change in ODDITIES.items() if not found & {change(text) for text in known}] == []
+
+
+def test_the_fallback_for_a_look_alike_is_a_submission_that_the_site_can_score(family: tuple[Task, Path, Path], tmp_path: Path) -> None:
+    task, _, hidden = family
+    sample = hidden.with_name("sample_submission.csv")
+    Submission.open(tmp_path / "submission.csv", task, read_table(hidden, ids=task.id_column), sample).write()
+    assert [found for found in judge(tmp_path / "submission.csv", task, sample=sample, test=hidden) if found.level == "error"] == []
+
+
+FORMATS = ("test.csv", "test.csv.gz", "test.jsonl", "test.parquet", "data/essays.CSV")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_test_set_is_written_again_in_the_format_it_was_read_in(tmp_path: Path, name: str) -> None:
+    public = tmp_path / "public" / name
+    public.parent.mkdir(parents=True)
+    frame = pd.DataFrame({"text_id": [f"e{i}" for i in range(40)], "full_text": [f"Essay {i}." for i in range(40)]})
+    plain = {".csv": frame.to_csv(index=False).encode(), ".jsonl": frame.to_json(orient="records", lines=True).encode()}
+    frame.to_parquet(public) if name.endswith(".parquet") else public.write_bytes(plain[Path(name.lower().removesuffix(".gz")).suffix])
+    if name.endswith(".gz"):
+        public.write_bytes(gzip.compress(public.read_bytes()))
+    made = [look_alike(tmp_path / "public", tmp_path / str(i), rows=60, test=name, ids="text_id") / name for i in range(2)]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    assert made[0].read_bytes()[:3] == public.read_bytes()[:3] or name.endswith((".csv", ".jsonl", ".CSV"))
+    assert [*read_table(made[0], ids="text_id").frame] == ["full_text", "text_id"]
+    assert {"None", "", ODDITIES["control"]("")[-3:]} & set(read_table(made[0], ids="text_id").frame["full_text"])
+
+
+def test_readings_are_written_as_squad_has_them_gzipped_too_and_without_answers(tmp_path: Path) -> None:
+    asked = [{"id": f"q{i}", "question": f"Where is {i}?", "answers": [{"text": "here", "answer_start": 0}]} for i in range(9)]
+    (tmp_path / "public").mkdir()
+    data = json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "here it is", "qas": asked}]}]}).encode()
+    (tmp_path / "public" / "dev.json.gz").write_bytes(gzip.compress(data))
+    out = look_alike(tmp_path / "public", tmp_path / "out", rows=30, test="dev.json.gz") / "dev.json.gz"
+    table = read_table(out)
+    assert list(table.frame) == ["id", "title", "context", "question"]
+    assert len(ExtractiveQA().read(table)) == 30
+
+
+def test_what_is_asked_for_is_left_out_of_a_test_set_made_of_labelled_rows(tmp_path: Path) -> None:
+    folder = essays(tmp_path / "public", 5)
+    write_rows(folder / "test.csv", [("id", "full_text", "syntax", "answer", "answers"), *((f"e{i}", "Text.", "2.0", "A", "[]") for i in range(5))])
+    assert list(read_table(look_alike(folder, tmp_path / "out", rows=20) / "test.csv").frame) == ["full_text", "id"]
+
+
+def test_test_sets_without_ids_or_texts_are_refused(tmp_path: Path) -> None:
+    folder = essays(tmp_path / "public", 5)
+    with pytest.raises(DataError, match=r"test\.csv: .*column 'text' is missing"):
+        look_alike(folder, tmp_path / "out", rows=5, ids="text")
+    write_rows(folder / "test.csv", [("id", "syntax"), ("1", "3.0")])
+    with pytest.raises(DataError, match=r"test\.csv: has no column but 'id' that is not asked for"):
+        look_alike(folder, tmp_path / "out", rows=5)
+    (folder / "test.json").write_text('{"q1": "Ann"}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"test\.json: has no column but 'id' that is not asked for"):
+        look_alike(folder, tmp_path / "out", rows=5, test="test.json")
+    write_rows(folder / "test.csv", [("id", "full_text"), ("1", "Text."), ("1", "Text.")])
+    with pytest.raises(DataError, match="has the same id"):
+        look_alike(folder, tmp_path / "out", rows=5)
 
 
 @pytest.mark.parametrize(("datasets", "competitions"), [(".", "."), ("datasets/owner", "competitions")])
