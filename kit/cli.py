@@ -18,7 +18,7 @@ import typer
 from kit import runtime
 from kit.budget import NINE_HOURS_S, Budget
 from kit.config import Recipe, shipped_recipes
-from kit.errors import KitError
+from kit.errors import DataError, KitError
 
 if TYPE_CHECKING:
     from kit.rehearsal.findings import Findings
@@ -46,6 +46,14 @@ app.add_typer(vendor, name="vendor")
 app.add_typer(profile, name="profile")
 
 
+def _text_of(path: Path) -> str:
+    """What a file, or standard input, holds. Raises DataError."""
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from None
+
+
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Before the verb: show the traceback of an error.")] = False) -> None:
     """Offline competition submission kit: sample → index → train → vendor → rehearse → push, and infer → score without internet."""
@@ -54,11 +62,62 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Before the verb
 
 
 @app.command(epilog="Example: kit sample artifacts/sample")
-def sample(folder: Annotated[Path, typer.Argument(help="Where to write the competition folder.")], as_json: AsJson = False) -> None:
-    """Write the embedded sample competition: train.csv, test.csv, sample_submission.csv, test_answers.csv, passages.jsonl."""
+def sample(
+    folder: Annotated[Path, typer.Argument(help="Where to write the competition folder.")],
+    family: Annotated[str, typer.Option(help="What kind of competition: exam, essays or readings.")] = "exam",
+    as_json: AsJson = False,
+) -> None:
+    """Write an embedded sample competition: training table, test set, sample submission, answers, and for the exam a corpus."""
     from kit.sample import write_sample
 
-    _show({"folder": write_sample(folder)}, as_json)
+    _show({"folder": write_sample(folder, family)}, as_json)
+
+
+@app.command(epilog="Example: kit corpus /usr/lib/python3 --out corpus.jsonl --word numpy --word pandas")
+def corpus(
+    sources: Annotated[list[Path], typer.Argument(help=".jsonl or text files, or folders of .py files.")],
+    out: Annotated[Path, typer.Option(help="Where to write the documents, one JSON object a line.")] = Path("corpus.jsonl"),
+    words: Annotated[list[str] | None, typer.Option("--word", help="Keep only documents with one of these words. Repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Collect the texts that a language model is to learn from: filtered, and freed of those that stand twice."""
+    from kit.data.texts import write_corpus
+
+    _show(write_corpus(sources, out, words=words or ()).summary(), as_json)
+
+
+@app.command(epilog='Example: kit answer artifacts/runs/sample_reading-1a2b3c4d "Who built the bridge?" --text report.txt')
+def answer(
+    run: Annotated[Path, typer.Argument(help="A run or member bundle that was trained to read.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    text: Annotated[Path, typer.Option(help="File with the text that is asked about; - for standard input.")] = Path("-"),
+    count: Annotated[int, typer.Option(min=1, help="How many answers.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a trained reader one question about a text."""
+    from kit.inference.reader import Reader
+
+    found = Reader.open(run).ask(question, _text_of(text), count=count)
+    _show({"answers": [one._asdict() for one in found]}, as_json)
+
+
+@app.command(epilog='Example: kit generate artifacts/runs/code_gpt2-1a2b3c4d "import numpy"')
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run, or the folder of a decoder.")],
+    prompt: Annotated[str, typer.Argument(help="What to go on from.")],
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that together have this share.")] = 1.0,
+    returns: Annotated[int, typer.Option(help="Completions.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this word. Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Complete a prompt with a trained language model."""
+    from kit.models.generate import Decoding, complete
+
+    found = complete(run, prompt, Decoding(tokens, temperature, top_p, returns, tuple(stop or ()), seed))
+    _show({"completions": [one._asdict() for one in found]}, as_json)
 
 
 @app.command(epilog="Example: kit recipes")
@@ -91,7 +150,7 @@ def context(
 
     loaded = Recipe.load(recipe, set_ or ())
     assemble.check(loaded)
-    read = read_table(table)
+    read = read_table(table, ids=assemble.make_task(loaded).id_column)
     task = assemble.make_task(loaded)
     examples = assemble.cached_contexts(task.read(read), task, loaded, artifacts)
     frame = read.frame.assign(context=[example.context for example in examples])
@@ -132,12 +191,12 @@ def pack(
 def infer(
     bundles: Annotated[list[Path] | None, typer.Argument(metavar="BUNDLE...", help="Folders or names of bundles. [default: all that are mounted]")] = None,
     test: Annotated[Path | None, typer.Option(help="The test set. [default: the mounted competition's]")] = None,
-    out: Annotated[Path, typer.Option(help="The submission to write.")] = Path("submission.csv"),
+    out: Annotated[Path, typer.Option(help="The submission to write: .csv, or for answers also .json.")] = Path("submission.csv"),
     sample_submission: Annotated[Path | None, typer.Option(help="Decides the order of the rows.")] = None,
     hours: Annotated[float, typer.Option(help="Time allowed from the start of this process.")] = NINE_HOURS_S / 3600,
     reserve: Annotated[float | None, typer.Option(help="Seconds kept back at the end. [default: 3 %, at least 60]")] = None,
     contexts: Annotated[bool, typer.Option(help="Retrieve contexts; without, to see what they are worth.")] = True,
-    blend: Annotated[str, typer.Option(help="How members are pooled: auto, pool, hill or ranker.")] = "auto",
+    blend: Annotated[str, typer.Option(help="How members are blended: auto; options: pool, hill, ranker; numbers: linear, free, hill; spans: hill.")] = "auto",
     patience: Annotated[float, typer.Option(help="Seconds without a sign of life after which a scoring process hangs.")] = 60,
     as_json: AsJson = False,
 ) -> None:
@@ -206,7 +265,7 @@ def dry_run(
     notebooks: Annotated[Path, typer.Option(help="Folder with train.ipynb and infer.ipynb.")] = Path("notebooks"),
     as_json: AsJson = False,
 ) -> None:
-    """The whole main job on the sample competition: both notebooks, sealed off from the network, and a table of what came out."""
+    """The whole main job on the sample competition, both notebooks sealed off from the network; the other families, short; and a table of what came out."""
     from kit.rehearsal.dryrun import dry_run as rehearse
 
     summary, table = rehearse(artifacts, notebooks)
@@ -295,7 +354,7 @@ def bundle(
 @app.command(epilog="Example: kit rehearse --competition llm-science")
 def rehearse(
     datasets: Annotated[Path | None, typer.Argument(help="Staged datasets. [default: ARTIFACTS/datasets, or where there are none the sample's]")] = None,
-    competition: Annotated[Path | None, typer.Option(help="The competition's folder, with test.csv. [default: what a member was trained on]")] = None,
+    competition: Annotated[Path | None, typer.Option(help="The competition's folder, with the test set. [default: what a member was trained on]")] = None,
     notebook: Annotated[Path, typer.Option(help="What is to be submitted.")] = Path("notebooks/infer.ipynb"),
     profile_name: ProfileName = _IMAGE,
     rows: Annotated[int, typer.Option(help="Rows of the hidden test set's look-alike.")] = 2400,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ import typer.main
 import kit
 from kit import manifest
 from kit.cli import app, main
+from kit.config import Recipe
+from kit.data.tables import read_table
 from kit.sample import FILES
-from tests import packed
+from tests import packed, tiny
 from tests.packed import Workshop, read_rows, write_rows
 
 
@@ -63,7 +66,7 @@ def error_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_the_verbs_are_those_of_the_flow() -> None:
     flow = {"sample", "index", "context", "train", "pack", "infer", "score", "vendor wheels", "vendor prove", "vendor weights", "vendor bundle", "rehearse", "push"}
-    flow |= {"plan", "simulate", "chaos"}
+    flow |= {"plan", "simulate", "chaos", "corpus", "generate", "answer"}
     assert flow | {"recipes", "dry-run", "doctor", "lint-submission", "profile capture", "profile show"} == set(VERBS)
 
 
@@ -74,7 +77,7 @@ def test_every_verb_has_a_help_with_an_example_that_its_parser_takes(verb: str, 
     assert "--json" in text
     assert f"kit {verb}" in text.partition("Example")[2]
     for example in VERBS[verb].epilog.partition(": ")[2].split("|"):
-        words = example.split()
+        words = shlex.split(example)
         words = words[words.index(verb.split()[-1]) + 1 :]
         VERBS[verb].make_context(verb, words)  # raises where an option is unknown or an argument missing
 
@@ -127,6 +130,68 @@ def test_the_whole_flow_prints_json_as_the_last_line(own: Workshop, tmp_path: Pa
     scored = last_json(capsys)
     assert scored["n"] == packed.TEST_ROWS
     assert 0 <= scored["map@3"] <= 1
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "essays": {"task": {"kind": "essay_regression", "max_length": 48}, "model": {"pooling": "mean"}},
+    "readings": {"task": {"kind": "extractive_qa", "max_length": 64, "stride": 8, "max_question": 16}, "model": {"pooling": "none"}},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_other_families_go_the_same_way(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, parts, artifacts = tmp_path / family, OTHERS[family], tmp_path / "artifacts"
+    assert run("sample", folder, "--family", family, "--json") == 0
+    files = {path.name.partition(".")[0]: path for path in folder.iterdir()}
+    tiny.encoder_folder(folder / "encoder")
+    recipe = tiny.recipe(folder, data={"train": files["train"].name, "test": files["test"].name}, model=parts["model"])
+    (tmp_path / "own.toml").write_text(Recipe.of({**recipe.model_dump(exclude_none=True), "task": parts["task"]}).to_toml())
+    capsys.readouterr()
+    assert run("train", tmp_path / "own.toml", "--artifacts", artifacts, "--json") == 0
+    trained = last_json(capsys)
+    assert run("pack", trained["run"], "--artifacts", artifacts, "--json") == 0
+    bundle, out = last_json(capsys)["bundles"][0], tmp_path / "submission.csv"
+    sample = ["--sample-submission", files["sample_submission"]] if "sample_submission" in files else []
+    assert run("infer", bundle, "--test", files["test"], "--out", out, *sample, "--json") == 0
+    assert last_json(capsys)["finished"]
+    assert run("score", out, files["test_answers"], "--task", parts["task"]["kind"], "--json") == 0
+    scored = last_json(capsys)
+    assert set(scored) - {"se", "n"} == set(trained["oof"]) and scored["n"] == len(read_table(files["test"], ids=None).frame)
+    assert run("score", out, files["test_answers"]) == 2  # as the other kind of task, whose columns these are not
+    assert len(error_lines(capsys)) == 1
+    assert run("infer", bundle, "--test", files["test"], "--out", tmp_path / "answers.json", "--json") == (2 if family == "essays" else 0)
+    if family == "essays":
+        assert "answers.json: JSON is for answers by id, and this submission has the columns text_id, cohesion" in error_lines(capsys)[-1]
+    if family == "readings":
+        last_json(capsys)
+        assert run("score", tmp_path / "answers.json", files["test_answers"], "--task", "extractive_qa", "--json") == 0
+        assert last_json(capsys) == scored
+        (tmp_path / "text.txt").write_text(tiny.TEXTS[0])
+        assert run("answer", bundle, "What has a high albedo?", "--text", tmp_path / "text.txt", "--count", "2", "--json") == 0
+        answers = last_json(capsys)["answers"]
+        assert len(answers) == 2 and all(tiny.TEXTS[0][one["start"] : one["stop"]] == one["text"] for one in answers)
+        assert run("answer", bundle, "What?", "--text", tmp_path / "missing.txt") == 2
+        assert len(error_lines(capsys)) == 1
+
+
+def test_a_language_model_is_trained_on_a_corpus_and_goes_on_from_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "code").mkdir()
+    for number in range(4):
+        (tmp_path / "code" / f"part{number}.py").write_text(f"import numpy as np\n\nvalues{number} = np.arange({number})\n" * 4)
+    (tmp_path / "code" / "other.py").write_text("import os\n")
+    assert run("corpus", tmp_path / "code", "--out", tmp_path / "train.jsonl", "--word", "numpy", "--json") == 0
+    kept = last_json(capsys)
+    assert (kept["read"], kept["without_words"], kept["written"]) == (5, 1, 4)
+    recipe = tiny.recipe(tmp_path, data={"train": "train.jsonl"}).model_dump(exclude_none=True)
+    recipe |= {"task": {"kind": "causal_lm", "max_length": 32, "packing": True}, "model": {"kind": "causal", "source": "scratch", **tiny.MODELS["causal"]}}
+    (tmp_path / "own.toml").write_text(Recipe.of(recipe).to_toml())
+    assert run("train", tmp_path / "own.toml", "--artifacts", tmp_path / "artifacts", "--json") == 0
+    trained = last_json(capsys)
+    several = ["--tokens", 5, "--temperature", 1, "--returns", 3]
+    assert run("generate", trained["run"], "import numpy", *several, "--json") == 0
+    assert len(last_json(capsys)["completions"]) == 3
+    assert run("generate", trained["run"], "import numpy", "--returns", 3) == 2
+    assert "temperature" in error_lines(capsys)[0]
 
 
 def test_without_json_the_values_are_lines_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
