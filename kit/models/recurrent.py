@@ -8,6 +8,7 @@ last, so that neither is ever empty. Rows are cut apart and masked: padding chan
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -51,7 +52,7 @@ class Part(NamedTuple):
     mask: Tensor
 
 
-class Reader(nn.Module):
+class Reader(nn.Module, ABC):
     """What the recurrent readers share: (R, T, 2) scores of a padded batch, from those (R, Tc, 2) that `read` gives of the contexts."""
 
     gives = "token"
@@ -127,14 +128,14 @@ class Reader(nn.Module):
         scores = self.read(context, question).float().masked_fill(~context.mask[..., None], _NOWHERE)
         return F.pad(scores, (0, 0, 0, batch["input_ids"].shape[1] - scores.shape[1]), value=_NOWHERE)
 
+    @abstractmethod
     def read(self, context: Part, question: Part) -> Tensor:
         """Scores (R, Tc, 2) of the context's words; whatever where it is padded."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def layers(self) -> list[nn.Module]:
         """What stands between the word vectors and the head, bottom → top."""
-        raise NotImplementedError
 
     @property
     def input_embeddings(self) -> nn.Parameter:

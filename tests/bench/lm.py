@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from kit.tasks.multiple_choice import Question
 from kit.tasks.prompted import Prompted
 from tests import decoders
 from tests.bench import streaming
+from tests.bench.turns import clock, in_turns, ratio
 
 BENCH = Path("artifacts/bench")
 WORDS = 32_000
@@ -178,29 +179,16 @@ def in_trees(model: Any, device: torch.device, some: Sequence[Asked]) -> Tensor:
 # --- measuring -----------------------------------------------------------------------------------------------------------------------------
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def timed(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds of every way, `repeats` times in turns, and what each gives. The first turn only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    given = {}
-    for turn in range(repeats + 1):
-        for name, way in list(ways.items())[:: 1 if turn % 2 else -1]:
-            begun = _clock(device)
-            with torch.inference_mode():
-                given[name] = way()
-            seconds[name] += [_clock(device) - begun] * (turn > 0)
-    return seconds, given
 
+    def watched(way: Callable[[], Any]) -> tuple[float, Any]:
+        begun = clock(device)
+        with torch.inference_mode():
+            given = way()
+        return clock(device) - begun, given
 
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
-
-
-def ratio(seconds: dict[str, list[float]], peer: str, own: str) -> float:
-    """How many times faster than the peer: the median over turns."""
-    return statistics.median(a / b for a, b in zip(seconds[peer], seconds[own], strict=True))
+    return in_turns({name: partial(watched, way) for name, way in ways.items()}, repeats)
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -218,7 +206,7 @@ def prefix(setting: Setting) -> dict[str, Any]:
     models = {name: Causal.create(folder, outputs=1, sharing=name).eval().to(chosen.device, chosen.dtype) for name in ("tree", "cache")}
     ways = {"alone": lambda: each_alone(peer, chosen.device, some)}
     ways |= {name: lambda model=model: in_trees(model, chosen.device, some) for name, model in models.items()}  # type: ignore[misc]
-    seconds, given = in_turns(ways, setting.repeats, chosen.device)
+    seconds, given = timed(ways, setting.repeats, chosen.device)
     return {
         "tree_ratio": ratio(seconds, "alone", "tree"),
         "cache_ratio": ratio(seconds, "alone", "cache"),
@@ -241,7 +229,7 @@ def nf4(setting: Setting) -> dict[str, Any]:
     peer, model = loaded("sdpa"), Causal.create(folder, outputs=1).eval()
     model.backbone = loaded(ATTENTION)
     ways = {"alone": lambda: each_alone(peer, chosen.device, some), "tree": lambda: in_trees(model, chosen.device, some)}
-    seconds, given = in_turns(ways, setting.repeats, chosen.device)
+    seconds, given = timed(ways, setting.repeats, chosen.device)
     return {
         "nf4_tree_ratio": ratio(seconds, "alone", "tree"),
         "nf4_max_abs_diff": difference(given["tree"], given["alone"]),
@@ -256,7 +244,7 @@ def seq2seq(setting: Setting) -> dict[str, Any]:
     peer = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=chosen.dtype).eval().to(chosen.device)
     model = Seq2Seq.create(folder, outputs=1).eval().to(chosen.device, chosen.dtype)
     ways = {"alone": lambda: each_answer_alone(peer, chosen.device, some), "tree": lambda: in_trees(model, chosen.device, some)}
-    seconds, given = in_turns(ways, setting.repeats, chosen.device)
+    seconds, given = timed(ways, setting.repeats, chosen.device)
     return {
         "seq2seq_ratio": ratio(seconds, "alone", "tree"),
         "seq2seq_max_abs_diff": difference(given["tree"], given["alone"]),
@@ -272,7 +260,7 @@ def letters(setting: Setting) -> dict[str, Any]:
     for length in setting.long_contexts:
         some = questions(1, (length, length + 1))
         ways = {str(orders): lambda orders=orders, some=some: in_orders(model, chosen.device, some, orders) for orders in (1, ORDERS)}
-        seconds, _ = in_turns(ways, setting.repeats, chosen.device)  # type: ignore[arg-type]
+        seconds, _ = timed(ways, setting.repeats, chosen.device)  # type: ignore[arg-type]
         tokens = {orders: sum(len(one.context) + orders * len(_block(one, 0)) for one in some) for orders in (1, ORDERS)}
         found["tta_cost"][str(length)] = {"cost": ratio(seconds, str(ORDERS), "1"), "tokens": tokens[ORDERS] / tokens[1]}
         found["details"][str(length)] = seconds
