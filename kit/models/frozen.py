@@ -35,9 +35,9 @@ class FrozenTokens:
     def __init__(self, own: HFTokens) -> None:
         self._own = own
 
-    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0) -> list[Encoding]:
+    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0, pair_first: bool = False) -> list[Encoding]:
         """See kit.tasks.Tokens. characters: code points of what the sequence holds of the text, and then of the pair."""
-        encodings = self._own.encode(text, pair, max_length=max_length, stride=stride)
+        encodings = self._own.encode(text, pair, max_length=max_length, stride=stride, pair_first=pair_first)
         for encoding in encodings:
             held = encoding["offsets"][encoding["segment"] == 0]
             part = text[held.min() : held.max()] if len(held) else ""

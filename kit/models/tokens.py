@@ -60,7 +60,7 @@ class HFTokens:
         self._of_texts = _without_special_pieces(self._tokenizer)
         self._plain = lru_cache(maxsize=4096)(self._encode_plain)
 
-    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0) -> list[Encoding]:
+    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0, pair_first: bool = False) -> list[Encoding]:
         """See kit.tasks.Tokens. A pair longer than `max_length` stays whole up to `limit`; beyond that its beginning goes."""
         first = self._plain(text)
         second = None if pair is None else self._plain(pair)
@@ -72,7 +72,10 @@ class HFTokens:
         if stride >= max(room, 1) > 0 and len(first) > room:
             raise ConfigError(f"stride of {stride} tokens leaves no step in windows of {room}: lower task.stride or raise task.max_length")
         windows = self._windows(first, room, stride)
-        return [_arrays(self._tokenizer.post_process(window, second), len(window)) for window in windows]
+        if second is None or not pair_first:
+            return [_arrays(self._tokenizer.post_process(window, second), len(window)) for window in windows]
+        swapped = [_arrays(self._tokenizer.post_process(second, window), len(second)) for window in windows]
+        return [{**encoding, "segment": np.where(encoding["segment"] < 0, -1, 1 - encoding["segment"]).astype(np.int8)} for encoding in swapped]
 
     def pad(self, encodings: Sequence[Encoding]) -> Batch:
         """See kit.tasks.Tokens: int64 input_ids, attention_mask and token_type_ids, int8 segment (-1 where special or padding)."""
@@ -348,7 +351,7 @@ def _without_special_pieces(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _arrays(encoding: RustEncoding, first: int) -> Encoding:
-    """The arrays of one sequence whose first `first` tokens, specials not counted, are the text and the others the pair."""
+    """The arrays of one sequence whose first `first` tokens, specials not counted, are of segment 0 and the others of segment 1."""
     special = np.array(encoding.special_tokens_mask, bool)
     segment = np.full(len(special), -1, np.int8)
     segment[~special] = np.arange((~special).sum()) >= first

@@ -70,8 +70,8 @@ class WordTokens(HFTokens):
         """Ids of characters."""
         return len(SPECIAL) + len(self._letters)
 
-    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0) -> list[Encoding]:
-        """See kit.tasks.Tokens."""
+    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0, pair_first: bool = False) -> list[Encoding]:
+        """See kit.tasks.Tokens: the pair stands behind the text in any case, for the recurrent readers read the two apart."""
         made = super().encode(text, pair, max_length=max_length, stride=stride)
         return [{**encoding, "characters": self._spellings(encoding, (text, pair or ""))} for encoding in made]
 

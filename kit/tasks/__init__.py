@@ -53,8 +53,11 @@ class Table(Protocol):
 class Tokens(Protocol):
     """Text → encodings → padded batch."""
 
-    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0) -> list[Encoding]:
-        """Encodings of a text, or of a text and its pair. Only `text` is ever cut: to fit `max_length` with stride 0, or into windows."""
+    def encode(self, text: str, pair: str | None = None, *, max_length: int, stride: int = 0, pair_first: bool = False) -> list[Encoding]:
+        """Encodings of a text, or of a text and its pair. Only `text` is ever cut: to fit `max_length` with stride 0, or into windows.
+
+        pair_first: the pair stands in front, for models that read both as one sequence.
+        """
         ...
 
     def pad(self, encodings: Sequence[Encoding]) -> Batch:

@@ -5,7 +5,7 @@ held out. Peer: the library's Trainer on the same weights and tokens, documents 
 pack them. Both train the same number of tokens in every turn; perplexity on the held-out files is of both models by the same code. Beside them: random
 weights, and how often each token stands in the training files.
 essay_regression, extractive_qa: see tests.bench.family_essays and tests.bench.family_reading. They need the folder that KIT_DATA names (default
-../shared/data), take about 70 minutes each, and keep every model's predictions, so that an interrupted run goes on.
+../shared/data), take 70 to 100 minutes each, and keep every model's predictions, so that an interrupted run goes on.
 
 CPU time of one thread (on CUDA: wall time), ways in turns, the first turn only warms up, ratios are medians over the turns. Writes
 artifacts/bench/families.json, where parts that are not run keep what they had. --quick tries in a minute that everything runs, with small models,

@@ -128,6 +128,22 @@ def test_windows_cover_every_token_and_overlap_by_the_stride(folders: dict[str, 
         assert (window["segment"] == 1).sum() == (pair or 0), "the pair stands whole in every window"
 
 
+@pytest.mark.parametrize("stride", [0, 4])
+def test_the_pair_may_stand_first_and_only_the_text_is_cut(tokens: HFTokens, stride: int) -> None:
+    text, pair = "Fresh snow has a high albedo and dark soil a low one. " * 6, "Which words?"
+    behind, first = (tokens.encode(text, pair, max_length=30, stride=stride, pair_first=order) for order in (False, True))
+    assert len(first) == len(behind) and (len(first) > 2) == bool(stride)
+    (alone,) = tokens.encode(pair, max_length=30)
+    for one, other in zip(first, behind, strict=True):
+        inside = [np.flatnonzero(one["segment"] == segment) for segment in (1, 0)]
+        assert inside[0].max() < inside[1].min(), "pair, then text"
+        assert one["input_ids"][inside[0]].tolist() == alone["input_ids"][alone["segment"] == 0].tolist()
+        for name in ("input_ids", "offsets"):
+            assert one[name][inside[1]].tolist() == other[name][other["segment"] == 0].tolist(), "the same part of the text"
+        assert len(one["input_ids"]) == len(other["input_ids"]) <= 30
+        assert one["types"][inside[0]].max() == 0 and sorted(one["input_ids"]) == sorted(other["input_ids"])
+
+
 def test_offsets_point_to_the_characters_of_the_text_in_every_window(tokens: HFTokens) -> None:
     text = "Albedo is the share of light that a naïve café sends back, 物理学 and Ωμέγα too. " * 4
     windows = tokens.encode(text, "light", max_length=30, stride=5)

@@ -179,6 +179,15 @@ def _target_text(one: Reading) -> str:
     return answer.text
 
 
+def test_the_question_stands_first_in_every_window(tokens: HFTokens) -> None:
+    features = ExtractiveQA(max_length=40, stride=6, max_question=10).encode([reading("high", context=TEXT * 3)], tokens)
+    assert len(features) > 2
+    for feature in features:
+        segment = feature.encodings[0]["segment"]
+        assert np.flatnonzero(segment == 1).max() < np.flatnonzero(segment == 0).min()
+        assert segment[0] == -1, "where no answer has its place"
+
+
 def test_a_long_question_is_cut_and_never_the_text(tokens: HFTokens) -> None:
     long = reading("Albedo", question="Which share is high? " * 50)
     features = TASK.encode([long], tokens)
