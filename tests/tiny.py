@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModel
 from kit.config import Recipe
 from kit.models.encoder import Encoder
 from kit.models.tokens import FILE, HFTokens, train_wordpiece
+from kit.models.words import Vectors
 from kit.tasks.causal_lm import Document
 from kit.tasks.essay_regression import Essay, EssayRegression
 from kit.tasks.extractive_qa import Answer, Reading, Span, as_prediction
@@ -165,6 +167,15 @@ def write_questions(path: Path, examples: Sequence[Question], *, answers: bool =
             right = [LETTERS[question.answer]] if answers and question.answer is not None else [""] * answers
             writer.writerow([question.id, question.prompt, *question.options, *right, *[question.context] * context])
     return path
+
+
+def write_vectors(vectors: Vectors, path: Path) -> None:
+    """Write word2vec's text form, as .gz where the name says so."""
+    lines = [f"{len(vectors.words)} {len(vectors.mean)}"]
+    lines += [f"{word} {' '.join(f'{number:.6g}' for number in row)}" for word, row in zip(vectors.words, vectors.table.tolist(), strict=True)]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
 
 
 def write_corpus(path: Path, texts: Sequence[str] = TEXTS) -> Path:

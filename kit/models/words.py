@@ -171,15 +171,6 @@ def make_vectors(texts: Iterable[str], *, dimension: int, limit: int) -> Vectors
     return Vectors(words, table, table.mean(0))
 
 
-def write_vectors(vectors: Vectors, path: Path) -> None:
-    """Write word2vec's text form, as .gz where the name says so."""
-    lines = [f"{len(vectors.words)} {len(vectors.mean)}"]
-    lines += [f"{word} {' '.join(f'{number:.6g}' for number in row)}" for word, row in zip(vectors.words, vectors.table.tolist(), strict=True)]
-    content = "".join(f"{line}\n" for line in lines).encode()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
-
-
 # --- a file's lines --------------------------------------------------------------------------------------------------------------
 
 

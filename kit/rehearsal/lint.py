@@ -21,7 +21,7 @@ from kit.data.tables import Table, read_table
 from kit.errors import DataError
 from kit.rehearsal.doctor import judge_sample
 from kit.rehearsal.findings import Finding
-from kit.tasks import Task
+from kit.tasks import MISSING, Task
 
 NAME = "submission.csv"
 TIMEOUT = "Notebook Timeout"
@@ -33,7 +33,6 @@ SCORING = "Submission Scoring Error"
 _SHOWN = 5  # kinds of faulty predictions
 _AS_SAMPLE = "write predictions in the form of the sample submission"
 _EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}
-_MISSING = {"NaN", "nan", "None", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "-nan", "-NaN"}  # texts that pandas reads as none
 _BOM = b"\xef\xbb\xbf"
 _NEAR = 0.9  # of the nine hours: the hidden test set may take the rest
 
@@ -256,7 +255,7 @@ class _Form:
     check_header: Callable[[Path], None] = lambda path: None
 
 
-_CSV = _Form("CSV", ".csv", "CSV with commas and without an index", frozenset(_MISSING), _check_header)
+_CSV = _Form("CSV", ".csv", "CSV with commas and without an index", frozenset(MISSING), _check_header)
 _JSON = _Form("JSON", ".json", 'one JSON object, {"question id": "answer", …}, with a text for every id')
 _OTHER = _Form("CSV", ".csv", _CSV.todo)
 

@@ -23,6 +23,8 @@ Encoding = dict[str, np.ndarray]
 """One sequence: input_ids (T,) int32; segment (T,) int8, 0 text, 1 pair, -1 special; offsets (T, 2) int32, characters of the segment's text."""
 Metric = Callable[[np.ndarray, Sequence[Any]], float]
 
+MISSING = ("NaN", "nan", "None", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "-nan", "-NaN")
+"""Texts that pandas, and so the site, reads from a CSV file as no value at all."""
 TASKS = {
     "causal_lm": "kit.tasks.causal_lm:CausalLM",
     "essay_regression": "kit.tasks.essay_regression:EssayRegression",

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from kit.errors import ConfigError
-from kit.tasks import Batch, Encoding, Fault, Feature, Table, Tokens, View
+from kit.tasks import MISSING, Batch, Encoding, Fault, Feature, Table, Tokens, View
 from kit.tasks.spans import NO_SPAN, mean_of_spans
 from kit.tasks.squad_metrics import judge
 
@@ -34,7 +34,6 @@ _SHUT = -1e4  # score of what is no token of the text: below any real one, and f
 _JUDGED = 2**17  # verdicts that are remembered: a bootstrap asks for the same ones again and again
 _SHOWN = 40  # characters in an error
 _NOWHERE = -1  # both ends of "no answer"
-_MISSING = ("NaN", "nan", "None", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "-nan", "-NaN")  # texts that pandas reads as none
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ class ExtractiveQA:
             text = _in_line(_text(row, reading.context))
             is_none = self.no_answer and _is_scored(row) and row[0] < 0
             text = text if text or is_none else _in_line(_text(_hint(reading), reading.context)) or _in_line(reading.question) or "?"
-            texts.append(f"{text}." if text in _MISSING else text)
+            texts.append(f"{text}." if text in MISSING else text)
         return pd.DataFrame({"id": [reading.id for reading in examples], "answer": texts})
 
     def views(self) -> dict[str, View]:

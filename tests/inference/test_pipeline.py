@@ -767,9 +767,11 @@ def test_everything_is_found_by_its_mount(blended: Workshop, tmp_path: Path, mon
 
 
 def test_a_test_set_of_another_name_and_format_is_found(shop: Workshop, tmp_path: Path) -> None:
-    expected = run(shop, tmp_path / "csv", "plain", sample=shop.competition / "sample_submission.csv")
     root = mount(shop, tmp_path / "input")
     folder = root / "competitions" / "exam"
+    header, *rows = packed.read_rows(folder / "sample_submission.csv")
+    packed.write_rows(folder / "sample_submission.csv", [header, *rows[::-1]])  # an order of its own
+    expected = run(shop, tmp_path / "csv", "plain", sample=folder / "sample_submission.csv")
     read_table(folder / "test.csv").frame.to_json(folder / "test.jsonl", orient="records", lines=True)
     (folder / "test.csv").unlink()
     outcome = infer([shop.members["plain"]], out=tmp_path / "submission.csv", root=root, budget=Budget(3600, 60, 0), open_crew=crews.Thread)

@@ -16,7 +16,7 @@ from kit.errors import BundleError, ConfigError, DataError
 from kit.models import recurrent
 from kit.models.adapters import make_optimizer
 from kit.models.recurrent import LSTM, Attention, AttentionFlow, BiDAF, Embed, Highway, Reader, Sizes, States, parts
-from kit.models.words import WordTokens, make_vectors, write_vectors
+from kit.models.words import WordTokens, make_vectors
 from kit.tasks import Batch
 from kit.tasks.extractive_qa import Answer, ExtractiveQA, Reading
 from tests import tiny
@@ -455,6 +455,6 @@ def test_windows_of_a_long_text_are_read_one_by_one(kind: str, folder: Path) -> 
 
 
 def test_vectors_written_for_a_recipe_are_found_by_it(tmp_path: Path) -> None:
-    write_vectors(make_vectors(tiny.TEXTS, dimension=6, limit=30), tmp_path / "v.txt.gz")
+    tiny.write_vectors(make_vectors(tiny.TEXTS, dimension=6, limit=30), tmp_path / "v.txt.gz")
     BiDAF.invent(tmp_path / "made", lambda: tiny.TEXTS[:2], seed=0, config={"vectors": str(tmp_path / "v.txt.gz")}, vocab_size=20)
     assert recurrent.read_sizes(tmp_path / "made").words == 4 + 20

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kit.errors import BundleError, ConfigError, DataError
 from kit.models.tokens import FILE
-from kit.models.words import CHARACTERS, SPECIAL, WIDTH, WordTokens, make_vectors, read_vectors, split, table_of, write_vectors, write_words
+from kit.models.words import CHARACTERS, SPECIAL, WIDTH, WordTokens, make_vectors, read_vectors, split, table_of, write_words
 from tests import tiny
 
 WORDS = ("the", "light", "of", "snow", "is", "high", ".", "?", "1,000", "do", "n't", "'s")
@@ -229,7 +229,7 @@ def test_made_vectors_are_the_same_again_and_survive_a_file(tmp_path: Path) -> N
     counted = [word for text in tiny.TEXTS for word in split()(text)]
     assert all(counted.count(word) >= 2 for word in vectors.words) and vectors.words[0] == max(vectors.words, key=counted.count)
     for name in ("v.txt", "deep/v.txt.gz"):
-        write_vectors(vectors, tmp_path / name)
+        tiny.write_vectors(vectors, tmp_path / name)
         read = read_vectors(tmp_path / name, limit=99)
         assert read.words == vectors.words
         np.testing.assert_allclose(read.table, vectors.table, rtol=1e-5, atol=1e-6)
