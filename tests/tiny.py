@@ -124,7 +124,7 @@ def encoder_folder(path: Path, family: str = "bert", *, seed: int = 0, dropout: 
     drops = {"dropout": dropout, "attention_dropout": dropout}
     if kind != "distilbert":
         drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = AutoConfig.for_model(kind, vocab_size=len(made), pad_token_id=made.pad_id, **drops, **settings)
+    config = AutoConfig.for_model(kind, vocab_size=len(made), pad_token_id=made.pad_id, **{**drops, **settings})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         AutoModel.from_config(config).save_pretrained(path)

@@ -20,6 +20,7 @@ from kit.errors import BundleError, ConfigError, nearest
 from kit.models.checkpoint import load_weights, save_weights
 from kit.models.pooling import POOLINGS
 from kit.models.tokens import HFTokens, train_wordpiece
+from kit.packing import hidden_states
 
 disable_progress_bar()  # transformers' bar for reading weights, which also fills logs
 
@@ -42,7 +43,6 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(pool.width if pool else config.hidden_size, outputs)
         self.gives = "row" if self.pool else "token"
-        self._takes_types = getattr(config, "type_vocab_size", 0) > 1
         if hasattr(pool, "init_head"):
             pool.init_head(self.head)
         else:
@@ -78,9 +78,10 @@ class Encoder(nn.Module):
 
     @classmethod
     def tokens(cls, folder: Path) -> HFTokens:
-        """See kit.models.Model; sequences are limited to the positions that config.json names."""
+        """See kit.models.Model; sequences are limited to the positions that config.json names, if the model has any: DeBERTa's are distances."""
         config = read_config(folder)
-        return read_tokens(folder, config, limit=position_limit(config))
+        relative = config.model_type == "deberta-v2" and config.relative_attention and not config.position_biased_input
+        return read_tokens(folder, config, limit=position_limit(config), stretches=relative)
 
     def save(self, folder: Path) -> None:
         """Write config.json and the weights of backbone, pooling and head."""
@@ -90,11 +91,10 @@ class Encoder(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(R, T) ids → (R, outputs) or (R, T, outputs), float32."""
-        types = {"token_type_ids": batch["token_type_ids"]} if self._takes_types else {}
-        asked = {"output_hidden_states": True} if self.pool and self.pool.needs_layers else {}
-        found = self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types, **asked)
-        states = (*(found.hidden_states[:-1] if asked else ()), found.last_hidden_state)  # some families normalise the last one only there
-        pooled = self.pool(states, batch) if self.pool else states[-1]
+        if self.pool is None:
+            pooled = hidden_states(self.backbone, batch)[-1]
+        else:
+            pooled = self.pool(hidden_states(self.backbone, batch, every=self.pool.needs_layers, first=self.pool.needs_first), batch)
         return self.head(self.dropout(pooled).to(self.head.weight.dtype)).float()
 
     @property
@@ -179,9 +179,9 @@ def position_limit(config: PretrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", 512)) - offset
 
 
-def read_tokens(folder: Path, config: PretrainedConfig, *, limit: int) -> HFTokens:
+def read_tokens(folder: Path, config: PretrainedConfig, *, limit: int, stretches: bool = False) -> HFTokens:
     """The tokens of a model folder. Raises BundleError where they are more than the model knows."""
-    tokens, known = HFTokens(folder, limit=limit), config.get_text_config().vocab_size
+    tokens, known = HFTokens(folder, limit=limit, stretches=stretches), config.get_text_config().vocab_size
     if len(tokens) > known:
         raise BundleError(f"{folder}: the tokenizer has {len(tokens)} tokens and the model {known}: take both from one checkpoint")
     return tokens

@@ -20,6 +20,7 @@ from transformers import AutoModel
 from kit.errors import BundleError, ConfigError
 from kit.models.encoder import Encoder, read_backbone, read_config
 from kit.models.tokens import HFTokens
+from kit.packing import hidden_states
 from kit.paths import model_folder
 
 if TYPE_CHECKING:
@@ -158,8 +159,7 @@ class Frozen(nn.Module):
 
 
 def _embed(encoder: Any, batch: Batch) -> Tensor:
-    types = {"token_type_ids": batch["token_type_ids"]} if getattr(encoder.config, "type_vocab_size", 0) > 1 else {}
-    hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types).last_hidden_state.float()
+    hidden = hidden_states(encoder, batch)[-1].float()
     return F.normalize((hidden * batch["attention_mask"].unsqueeze(-1)).sum(1), dim=-1)  # of the sum: the mean has the same direction
 
 

@@ -1,7 +1,8 @@
 """Hidden states of a sequence → one vector. Knows no backbone and no task.
 
 Each pooling is an nn.Module: forward(states, batch) → (R, width); `width` is known before the first forward. states: the hidden states
-(R, T, H) of the embeddings and of each of the L layers, bottom → top; one that `needs_layers` is false for may be given the last alone.
+(R, T, H) of the embeddings and of each of the L layers, bottom → top; one that `needs_layers` is false for may be given the last alone,
+one that `needs_first` is true for the first token's alone (R, 1, H).
 `batch` carries attention_mask (R, T) and segment (R, T): 0 text, 1 pair, -1 special or padding.
 """
 
@@ -24,6 +25,7 @@ class Pooling(nn.Module):
     """What all have: a width, by default that of the hidden states. layers: L."""
 
     needs_layers = False
+    needs_first = False
 
     def __init__(self, hidden_size: int, layers: int) -> None:
         super().__init__()
@@ -40,6 +42,8 @@ class MeanPooling(Pooling):
 
 class FirstPooling(Pooling):
     """The first token, [CLS] in BERT-like models."""
+
+    needs_first = True
 
     def forward(self, states: Sequence[Tensor], batch: Batch) -> Tensor:
         """(R, T, H) → (R, width)."""

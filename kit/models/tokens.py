@@ -40,9 +40,9 @@ _ANSWERS = (*ascii_uppercase, "Yes", "No")  # what prompts ask for
 
 
 class HFTokens:
-    """The fast tokenizer of a model folder. limit: longest sequence the model has positions for."""
+    """The fast tokenizer of a model folder. limit: longest sequence the model has positions for; stretches: it has no end, and a longer `max_length` is kept."""
 
-    def __init__(self, folder: Path, *, limit: int = 512) -> None:
+    def __init__(self, folder: Path, *, limit: int = 512, stretches: bool = False) -> None:
         path = Path(folder) / FILE
         if not path.is_file():
             raise BundleError(f"{folder}: no {FILE}: make one from the slow tokenizer when the weights are packed (a fast tokenizer is read, never built, offline)")
@@ -56,6 +56,7 @@ class HFTokens:
         self._folder = Path(folder)
         self._roles, self._template = _read_settings(self._folder)
         self.limit = limit
+        self._stretches = stretches
         self.pad_id = next((id_ for name in _PAD_NAMES if (id_ := self._tokenizer.token_to_id(name)) is not None), 0)
         self._of_texts = _without_special_pieces(self._tokenizer)
         self._plain = lru_cache(maxsize=4096)(self._encode_plain)
@@ -65,9 +66,10 @@ class HFTokens:
         first = self._plain(text)
         second = None if pair is None else self._plain(pair)
         special = self._tokenizer.num_special_tokens_to_add(pair is not None)
-        room = min(max_length, self.limit) - special - (len(second) if second else 0)
+        limit = max(self.limit, max_length) if self._stretches else self.limit
+        room = min(max_length, limit) - special - (len(second) if second else 0)
         if second is not None and room < 0:
-            second = self._cut_start(pair, self.limit - special)
+            second = self._cut_start(pair, limit - special)
             room = 0
         if stride >= max(room, 1) > 0 and len(first) > room:
             raise ConfigError(f"stride of {stride} tokens leaves no step in windows of {room}: lower task.stride or raise task.max_length")

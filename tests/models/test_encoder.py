@@ -148,8 +148,8 @@ def test_token_types_reach_models_that_have_them_and_no_others(folders: dict[str
 
 def test_the_longest_sequence_runs_and_the_limit_counts_robertas_offset(folder: Path, family: str) -> None:
     assert position_limit(read_config(folder)) == Encoder.tokens(folder).limit == tiny.POSITIONS
-    batch = batch_of(folder, [(" ".join(tiny.TEXTS), "light")], max_length=10_000)
-    assert batch["input_ids"].shape == (1, tiny.POSITIONS)
+    batch = batch_of(folder, [(" ".join(tiny.TEXTS), "light")], max_length=100)
+    assert batch["input_ids"].shape == (1, 100 if family.startswith("deberta") else tiny.POSITIONS)  # distances have no end
     assert torch.isfinite(output(tiny.encoder(folder), batch)).all()
 
 

