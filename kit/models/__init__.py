@@ -29,6 +29,7 @@ class Model(Protocol):
     One that is never trained has `create`, `load`, `tokens`, `forward` and `save` only; one that is fitted at once has these and
     `fit_at_once(batches, targets)`: collated batches, and what `forward` should give for their rows (R, outputs), in that order. One whose settings
     name files besides its backbone has `beside(options, source)`, a class method: those that `create` reads, or with source None those that `invent` does.
+    One whose word embeddings get gradients only where a batch reads them has `rows_read(batch)`: these rows (K,), each once.
     """
 
     gives: str

@@ -102,6 +102,10 @@ class Encoder(nn.Module):
         """The word embeddings (V, H)."""
         return self.backbone.get_input_embeddings().weight
 
+    def rows_read(self, batch: Batch) -> Tensor:
+        """See kit.models.Model."""
+        return torch.unique(batch["input_ids"])
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
         """[everything of the backbone outside its layers, layer 1 … L, pooling and head].
 

@@ -22,6 +22,8 @@ class Attack:
 
     def __init__(self, model: Any, settings: TrainPart, epoch: int) -> None:
         self._fgm, self._awp = settings.fgm, settings.awp
+        self._rows_read = getattr(model, "rows_read", None)
+        self._rows: torch.Tensor | None = None
         self._weights: list[nn.Parameter] = []
         if settings.fgm:
             self._weights = [model.input_embeddings]
@@ -31,22 +33,26 @@ class Attack:
     def __bool__(self) -> bool:
         return bool(self._weights)
 
-    def gradients(self) -> list[torch.Tensor | None]:
-        """Copies of the gradients that the attack looks at, to be taken before a batch's backward."""
-        return [None if weight.grad is None else weight.grad.clone() for weight in self._weights]
+    def gradients(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor | None]:
+        """Copies of the gradients that the attack looks at, to be taken before the batch's backward. batch: on the CPU, so that nothing waits for a GPU."""
+        if self._fgm and self._rows_read:
+            self._rows = self._rows_read(batch).to(self._weights[0].device)
+        at = slice(None) if self._rows is None else self._rows
+        return [None if weight.grad is None else weight.grad[at].clone() for weight in self._weights]
 
     def __call__(self, before: Sequence[torch.Tensor | None]) -> AbstractContextManager[bool]:
         """Inside, weights are moved, if it yields True: then the loss of the batch wants another backward. before: what `gradients` gave."""
         if self._fgm:
-            return fgm(self._weights[0], self._fgm, before=before[0])
+            return fgm(self._weights[0], self._fgm, before=before[0], rows=self._rows)
         return awp(self._weights, self._awp, before=before)
 
 
 @contextmanager
-def fgm(embeddings: nn.Parameter, epsilon: float, *, before: torch.Tensor | None = None) -> Iterator[bool]:
+def fgm(embeddings: nn.Parameter, epsilon: float, *, before: torch.Tensor | None = None, rows: torch.Tensor | None = None) -> Iterator[bool]:
     """Inside, the table is moved by `epsilon` along its gradient's direction; afterwards it is bit for bit as before.
 
-    before: the gradient already there when this batch's backward began (accumulation); only what this batch added counts.
+    before: the gradient already there when this batch's backward began (accumulation); only what this batch added counts. rows: those, each once,
+    outside of which the batch adds nothing, so that nothing else is read, and `before` is of these.
     The direction does not depend on a loss scale, so it is the same with and without a GradScaler, provided both losses are scaled
     alike. Yields False, and moves nothing, where the gradient is zero or not finite. Raises ConfigError for a frozen table.
     """
@@ -55,17 +61,18 @@ def fgm(embeddings: nn.Parameter, epsilon: float, *, before: torch.Tensor | None
     if embeddings.grad is None:
         yield False
         return
-    gradient = embeddings.grad if before is None else embeddings.grad - before
-    norm = gradient.float().norm()
+    at = slice(None) if rows is None else rows
+    gradient = embeddings.grad[at] if before is None else embeddings.grad[at] - before
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).float()  # in float64, so that rows that are 0 make no difference
     if not torch.isfinite(norm) or norm == 0:
         yield False
         return
-    kept = embeddings.detach().clone()
+    kept = embeddings.detach()[at].clone()
     try:
-        embeddings.data.add_((gradient.float() * (epsilon / norm)).to(embeddings.dtype))
+        embeddings.data[at] = kept + (gradient.float() * (epsilon / norm)).to(embeddings.dtype)
         yield True
     finally:
-        embeddings.data.copy_(kept)
+        embeddings.data[at] = kept
 
 
 @contextmanager

@@ -249,8 +249,9 @@ class _Fitting:
 
     def _backward(self, features: list[Feature], weight: float) -> torch.Tensor:
         task, _ = self.learning
-        batch = {name: tensor.to(self.runtime.device) for name, tensor in task.collate(features, self.tokens).items()}
-        before = self.attack.gradients()
+        collated = task.collate(features, self.tokens)
+        batch = {name: tensor.to(self.runtime.device) for name, tensor in collated.items()}
+        before = self.attack.gradients(collated)
         loss = self._loss(batch) * weight
         self.scaler.scale(loss).backward()
         if self.attack:

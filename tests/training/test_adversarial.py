@@ -101,6 +101,25 @@ def test_under_accumulation_the_direction_is_that_of_this_micro_batch(model: Enc
     assert (step - EPSILON * both / both.norm()).norm() > 0.1 * EPSILON
 
 
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_the_rows_that_a_batch_reads_are_moved_as_the_whole_table_is(model: Encoder, tmp_path: Path, accumulated: bool) -> None:
+    task, tokens, table = MultipleChoice(max_length=48), Encoder.tokens(tmp_path), model.input_embeddings
+    batch = task.collate(task.encode(tiny.questions(4), tokens), tokens)
+    attack, start = Attack(model, TrainPart(fgm=EPSILON), 0), table.detach().clone()
+    if accumulated:
+        loss_of(model, tmp_path, slice(4, 8))().backward()
+    whole = [None if table.grad is None else table.grad.clone()]
+    before = attack.gradients(batch)
+    loss_of(model, tmp_path, slice(0, 4))().backward()
+    with fgm(table, EPSILON, before=whole[0]):
+        wanted = table.detach().clone()
+    rows = model.rows_read(batch)
+    assert 0 < len(rows) < len(table) and torch.equal((wanted != start).any(1).nonzero().flatten(), rows[rows != tokens.pad_id])
+    with attack(before) as moved:
+        assert moved and torch.equal(table, wanted)
+    assert torch.equal(table, start)
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -float("inf"), None])
 def test_nothing_moves_for_a_gradient_without_direction(value: float | None) -> None:
     table = nn.Parameter(torch.arange(6.0).view(3, 2))
@@ -257,7 +276,7 @@ def test_awp_begins_where_the_recipe_says_and_leaves_frozen_weights_out(model: E
     settings = TrainPart(awp=0.1, awp_from=1, epochs=2)
     assert [bool(Attack(model, settings, epoch)) for epoch in (-1, 0, 1)] == [False, False, True]
     model.input_embeddings.grad = torch.ones_like(model.input_embeddings)
-    assert len(Attack(model, settings, 1).gradients()) == len(trained_of(model))
+    assert len(Attack(model, settings, 1).gradients({})) == len(trained_of(model))
     assert not Attack(model, TrainPart(), 0)
 
 
