@@ -150,6 +150,13 @@ class Gpu(NamedTuple):
     total: int
 
 
+def devices() -> list[str]:
+    """Every GPU, or else the CPU. Does not start CUDA."""
+    import torch
+
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+
+
 def gpus() -> list[Gpu]:
     """The GPUs that torch sees, in its order."""
     import torch

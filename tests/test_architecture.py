@@ -41,7 +41,7 @@ ORDERED = (0, 1)
 # Package → modules that may import it at the top, modules that may import it inside functions only. A room stands for all of its files.
 OWNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "torch": (
-        ("kit.models", "kit.packing", "kit.predict", "kit.training", "kit.inference.scorer", "kit.retrieval.dense", "kit.retrieval.rerank"),
+        ("kit.models", "kit.packing", "kit.predict", "kit.training", "kit.inference.scorer", "kit.retrieval.dense", "kit.retrieval.embedding"),
         ("kit.runtime", "kit.tasks", "kit.vendor.capture", "kit.vendor.tensors"),
     ),
     "faiss": (("kit.retrieval.dense",), ()),

@@ -43,11 +43,6 @@ _ENCODED = 256  # rows from beat to beat
 _QUERIES = 32  # per core, from beat to beat: what one thread of a retriever takes at a time
 
 
-def devices() -> list[str]:
-    """The devices to score on: every GPU, or else the CPU. Does not start CUDA."""
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
-
-
 def serve(run: Path, device: str, pipe: Connection, began: float) -> None:
     """Work on the orders that a pipe brings, all for one member or one retriever, until it ends. began: since when loading counts (monotonic)."""
     work: _Work | None = None

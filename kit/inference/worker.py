@@ -22,6 +22,7 @@ from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from types import ModuleType
 
+from kit import runtime
 from kit.inference.crew import AUTO
 
 _LOOK_S = 0.1  # between two looks whether the parent lives
@@ -33,7 +34,7 @@ def main(run: Path, device: str, control: Connection, parent: int) -> None:
     watch = _Watch(parent)  # the imports take seconds
     scorer = importlib.import_module("kit.inference.scorer")
     gc.freeze()  # what was imported stays: looking through it for garbage takes half a second after every fork, and copies its memory
-    devices = scorer.devices() if device == AUTO else [device]
+    devices = runtime.devices() if device == AUTO else [device]
     with contextlib.suppress(EOFError, OSError):  # the run is gone
         control.send(devices)
         if devices[0] == "cpu":

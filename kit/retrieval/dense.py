@@ -14,11 +14,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,9 +25,7 @@ from kit import manifest, runtime
 from kit.errors import BundleError, ConfigError, DataError, DependencyError, nearest
 from kit.retrieval import Hits
 from kit.retrieval.corpus import Corpus
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from kit.retrieval.embedding import Embedder
 
 SETTINGS = "settings.json"
 PROGRESS = "progress.json"
@@ -68,7 +65,7 @@ class _Settings:
 class Dense:
     """Embeddings of a corpus, memory-mapped, and the encoder of the queries."""
 
-    def __init__(self, encoder: SentenceTransformer, embeddings: np.ndarray, settings: _Settings, index: Any = None) -> None:
+    def __init__(self, encoder: Embedder, embeddings: np.ndarray, settings: _Settings, index: Any = None) -> None:
         self._encoder = encoder
         self._embeddings = embeddings
         self._settings = settings
@@ -82,7 +79,7 @@ class Dense:
         *,
         model: str,
         index: str = "exact",
-        batch_size: int = 32,
+        batch_size: int = 128,
         max_length: int | None = None,
         lists: int = 0,
         nprobe: int = 32,
@@ -90,8 +87,9 @@ class Dense:
     ) -> Self:
         """Embed the corpus into `folder` with the encoder in the folder `model`; after an interruption, go on where it stopped.
 
-        max_length: tokens kept of a passage (default: the model's own). lists: cells of "ivf" (0: 4 √N, at least 39 passages each);
-        nprobe: cells searched per query; ef: candidates per query of "hnsw". Raises ConfigError, BundleError, DependencyError.
+        batch_size: texts embedded at once, at most. max_length: tokens kept of a passage (default: the model's own).
+        lists: cells of "ivf" (0: 4 √N, at least 39 passages each); nprobe: cells searched per query; ef: candidates per query of "hnsw".
+        Raises ConfigError, BundleError, DependencyError.
         """
         if index not in INDEXES:
             raise ConfigError(f"dense.index = {index!r} is unknown{nearest(index, INDEXES)}")
@@ -99,9 +97,8 @@ class Dense:
             _faiss()  # before hours of embedding
         folder = Path(folder)
         digest = _copy_encoder(Path(model), folder / ENCODER)
-        encoder = _open_encoder(folder / ENCODER, max_length)
-        dimensions = encoder.encode(["one passage"], show_progress_bar=False).shape[1]
-        settings = _Settings(index, batch_size, max_length, lists, nprobe, ef, corpus.digest, digest, len(corpus), dimensions)
+        encoder = Embedder(folder / ENCODER, batch_size=batch_size, max_length=max_length, devices=runtime.devices())
+        settings = _Settings(index, batch_size, max_length, lists, nprobe, ef, corpus.digest, digest, len(corpus), encoder.dimensions)
         if not (folder / SETTINGS).is_file() or _read_settings(folder) != settings:
             for stale in (folder / SETTINGS, *folder.glob("*.faiss")):
                 stale.unlink(missing_ok=True)
@@ -115,10 +112,11 @@ class Dense:
     def load(cls, folder: Path) -> Self:
         """Open built embeddings with their encoder. Raises BundleError naming what is missing or damaged, and DependencyError."""
         folder = Path(folder)
-        return cls._open(folder, _open_encoder(folder / ENCODER, _read_settings(folder).max_length))
+        settings, device = _read_settings(folder), str(runtime.choose().device)
+        return cls._open(folder, Embedder(folder / ENCODER, batch_size=settings.batch_size, max_length=settings.max_length, devices=[device]))
 
     @classmethod
-    def _open(cls, folder: Path, encoder: SentenceTransformer) -> Self:
+    def _open(cls, folder: Path, encoder: Embedder) -> Self:
         settings = _read_settings(folder)
         index = None if settings.index == "exact" else _open_index(folder, settings)
         return cls(encoder, _open_embeddings(folder, settings), settings, index)
@@ -127,9 +125,7 @@ class Dense:
         """The k passages whose embedding has the largest inner product with each query's."""
         if not queries:
             return Hits(np.empty((0, k), np.int64), np.empty((0, k), np.float32))
-        vectors = self._encoder.encode_query(
-            list(queries), batch_size=self._settings.batch_size, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
-        ).float()
+        vectors = self._encoder.queries(queries)
         width = min(k, len(self._embeddings))
         if self._index is None:
             scores, ids = exact_search(self._embeddings, vectors, width)
@@ -201,34 +197,15 @@ def _copy_encoder(model: Path, folder: Path) -> str:
     return hashlib.sha256("".join(f"{name.as_posix()} {manifest.sha256(folder / name)}\n" for name in names).encode()).hexdigest()
 
 
-def _open_encoder(folder: Path, max_length: int | None) -> SentenceTransformer:
-    """The encoder in float16 on a GPU, in float32 elsewhere. A folder without sentence-transformers' files gets mean pooling."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        why = "sentence-transformers is not installed: pip install sentence-transformers, or set retrieve.retriever.kind = 'bm25'"
-        raise DependencyError(why) from None
-    device = runtime.choose().device
-    try:
-        encoder = SentenceTransformer(str(folder), device=str(device), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise BundleError(f"{folder}: the encoder cannot be opened ({str(error).splitlines()[0]}): build the dense index again") from None
-    if max_length is not None:
-        encoder.max_seq_length = max_length
-    return encoder.half() if device.type == "cuda" else encoder  # as precise as the file; bf16 would blur near neighbours
-
-
-def _embed(corpus: Corpus, encoder: SentenceTransformer, folder: Path, settings: _Settings) -> None:
+def _embed(corpus: Corpus, encoder: Embedder, folder: Path, settings: _Settings) -> None:
     """Write the embeddings that are not there yet, noting the progress after each block."""
     done = _rows_done(folder, settings)
     mode: Literal["r+", "w+"] = "r+" if done else "w+"
     embeddings = np.memmap(folder / EMBEDDINGS, np.float16, mode, shape=(settings.passages, settings.dimensions))
     with tqdm(total=len(corpus), initial=done, desc="dense", unit="", disable=None) as bar:
-        for start in range(done, len(corpus), _BLOCK):
-            stop = min(start + _BLOCK, len(corpus))
-            block = encoder.encode_document(
-                corpus.texts(start, stop), batch_size=settings.batch_size, normalize_embeddings=True, show_progress_bar=False
-            )
+        spans = [(start, min(start + _BLOCK, len(corpus))) for start in range(done, len(corpus), _BLOCK)]
+        blocks = encoder.documents(corpus.texts(*span) for span in spans)
+        for (start, stop), block in zip(spans, blocks, strict=True):
             if not np.isfinite(block).all():
                 why = f"the encoder gives no finite embedding of a passage in [{start}, {stop}): use another dense.model"
                 raise DataError(f"{corpus.folder}: {why}")
