@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help setup dry-run test lint train infer vendor rehearse push chaos bench bench-quality bench-vendor bench-clock bench-lm bench-families clean
+.PHONY: help setup dry-run test lint train infer vendor rehearse push chaos bench bench-quality bench-vendor bench-clock bench-lm bench-families bench-encoders clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,7 +35,8 @@ push: .venv/.ready ## say what would be published; make push SEND=1 publishes
 chaos: .venv/.ready ## kill and injure runs of the sample competition, and see what becomes of them
 	$(PY) -m kit chaos $(ARGS)
 
-bench: bench-quality bench-vendor bench-clock bench-lm bench-families ## run every benchmark
+bench: bench-quality bench-vendor bench-clock bench-lm bench-families bench-encoders ## run every benchmark, and show all on one page
+	$(PY) -m tests.bench.figures
 
 bench-quality: .venv/.ready ## run the benchmark of prediction quality
 	$(PY) -m tests.bench.quality $(ARGS)
@@ -51,6 +52,9 @@ bench-lm: .venv/.ready ## run the benchmark of language-model members
 
 bench-families: .venv/.ready ## run the benchmark of essay regression, extractive QA and language models from scratch
 	$(PY) -m tests.bench.families $(ARGS)
+
+bench-encoders: .venv/.ready ## run the benchmark of packed encoders: scoring, training, embedding
+	$(PY) -m tests.bench.encoders $(ARGS)
 
 clean: ## remove what was made and the caches; .venv stays
 	rm -rf artifacts/* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache && find kit tests -name __pycache__ -prune -exec rm -rf {} +

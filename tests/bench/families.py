@@ -41,7 +41,7 @@ from kit.predict import predict
 from kit.tasks.causal_lm import CausalLM, Document
 from kit.training.loop import fit
 from tests.bench import family_essays, family_reading
-from tests.bench.turns import clock, emptied, in_turns, ratio
+from tests.bench.turns import clock, emptied, in_turns, peak_flops, ratio
 
 BENCH = Path("artifacts/bench")
 WORDS = ("numpy", "pandas", "torch")
@@ -79,21 +79,6 @@ QUICK = Setting(
     turns=1, gpt2=_GPT2 | {"n_embd": 32, "n_layer": 1, "n_head": 2}, packages=("sklearn/tree",),
     held=("sklearn/isotonic.py",), documents=2, held_documents=1, vocab_size=1000, max_length=128, batch_size=4,
 )  # fmt: skip
-
-
-# --- measuring -----------------------------------------------------------------------------------------------------------------------------
-
-
-def peak_flops(chosen: runtime.Runtime, size: int = 1024) -> float:
-    """Operations a second of the largest product of matrices that the device does well, of ten: what a model's use is measured against."""
-    size = size if chosen.device.type == "cpu" else 8 * size
-    one, other = (torch.randn(size, size, device=chosen.device, dtype=chosen.dtype) for _ in range(2))
-    took = []
-    for _ in range(10):
-        begun = clock(chosen.device)
-        one @ other
-        took.append(clock(chosen.device) - begun)
-    return 2 * size**3 / min(took)
 
 
 # --- causal_lm -----------------------------------------------------------------------------------------------------------------------------

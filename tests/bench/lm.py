@@ -41,9 +41,9 @@ from kit.tasks.multiple_choice import Question
 from kit.tasks.prompted import Prompted
 from tests import decoders
 from tests.bench import streaming
+from tests.bench.figures import BENCH, Bars, Figure, barred, draw, table
 from tests.bench.turns import clock, in_turns, ratio
 
-BENCH = Path("artifacts/bench")
 WORDS = 32_000
 OPTION, OPTIONS = (6, 27), 5  # tokens of an option: 16 in the mean
 QUESTION = 30  # tokens of the question's own words, which stand behind the context
@@ -368,30 +368,7 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 # --- what came of it -------------------------------------------------------------------------------------------------------------------------
 
 
-class Figure(NamedTuple):
-    """bar: what is asked for: at least or at most."""
-
-    name: str
-    value: float
-    bar: float
-    at_least: bool
-
-    @property
-    def held(self) -> bool:
-        """Whether the bar is."""
-        return self.value >= self.bar if self.at_least else self.value <= self.bar
-
-    @property
-    def text(self) -> str:
-        """ "4.9 (at least 4.7)"."""
-        return f"{_short(self.value)} (at {'least' if self.at_least else 'most'} {_short(self.bar)})"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.01 else f"{value:.1e}"
-
-
-_BARS: dict[str, tuple[str, float, bool]] = {
+_BARS: Bars = {
     "tree_ratio": ("packed tree, times as fast as five forwards", 4.7, True),
     "cache_ratio": ("expanded cache, times as fast as five forwards", 4.0, True),
     "tree_over_cache": ("packed tree, times as fast as the cache", 1.15, True),
@@ -401,12 +378,11 @@ _BARS: dict[str, tuple[str, float, bool]] = {
     "accelerate_best_ratio": ("streaming, times as fast as accelerate at its best", 1.0, True),
     "streaming_max_abs_diff": ("largest difference when streamed", 1e-5, False),
 }
-"""Key → name, what is asked for, and whether that is the least or the most."""
 
 
 def figures(found: dict[str, Any]) -> list[Figure]:
     """Of the parts that were run, what has a bar."""
-    rows = [Figure(name, found[key], bar, at_least) for key, (name, bar, at_least) in _BARS.items() if key in found]
+    rows = barred(found, _BARS)
     rows += [Figure(f"largest difference, {family}", max(own.values()), 1e-5, False) for family, own in found.get("max_abs_diff", {}).items()]
     rows += [Figure(f"five orders ÷ one, contexts of {length} tokens", own["cost"], 1.6, False) for length, own in found.get("tta_cost", {}).items()]
     if "streaming_peak_mb" in found:
@@ -414,31 +390,6 @@ def figures(found: dict[str, Any]) -> list[Figure]:
     if "peak_mb" in found:
         rows.append(Figure("memory of many long rows, MB", found["peak_mb"], found["peak_few_rows_mb"] + found["batch_logits_mb"], False))
     return rows
-
-
-def table(found: dict[str, Any]) -> str:
-    """Each figure beside its bar, and below them those that have none."""
-    lines = [f"{'' if own.held else 'MISSED':8s}{own.name:58s}{own.text}" for own in figures(found)]
-    plain = [key for key, value in found.items() if isinstance(value, float) and key not in (*_BARS, "streaming_peak_mb", "peak_mb")]
-    return "\n".join([*lines, *(f"        {key:58s}{_short(found[key])}" for key in plain)])
-
-
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Every ratio as a multiple of its bar: to the right of 1 it holds."""
-    from matplotlib.figure import Figure as Picture
-
-    rows = [own for own in figures(found) if not own.name.startswith("largest")][::-1]
-    if not rows:
-        return
-    picture = Picture(figsize=(11, 1 + 0.34 * len(rows)), layout="constrained")
-    axes = picture.subplots()
-    lengths = [own.value / own.bar if own.at_least else own.bar / own.value for own in rows]
-    drawn = axes.barh([own.name for own in rows], lengths, color=["C0" if own.held else "#c00000" for own in rows])
-    axes.bar_label(drawn, [f" {own.text}" for own in rows], fontsize=8)
-    axes.axvline(1, color="0.45", lw=1)
-    axes.set_xlim(0, 1.5 * max(lengths))
-    axes.set_xlabel("multiple of what is asked for: right of 1 is better")
-    picture.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -464,8 +415,9 @@ def main() -> None:
         found = {**found, **own, "details": details}
         manifest.write_atomically(results, json.dumps(found, indent=1))
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-    draw(found, setting.folder / "lm.png")
-    print(table(found))
+    draw(figures(found), setting.folder / "lm.png")
+    plain = [key for key, value in found.items() if isinstance(value, float) and key not in (*_BARS, "streaming_peak_mb", "peak_mb")]
+    print(table(figures(found), {key: found[key] for key in plain}))
     if given.quick:
         print("Bars are for a run without --quick.")
 

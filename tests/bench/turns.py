@@ -49,6 +49,18 @@ def ratio(seconds: dict[str, list[float]], peer: str, own: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[peer], seconds[own], strict=True))
 
 
+def peak_flops(chosen: runtime.Runtime, size: int = 1024) -> float:
+    """Operations a second of the largest product of matrices that the device does well, of ten: what a model's use is measured against."""
+    size = size if chosen.device.type == "cpu" else 8 * size
+    one, other = (torch.randn(size, size, device=chosen.device, dtype=chosen.dtype) for _ in range(2))
+    took = []
+    for _ in range(10):
+        begun = clock(chosen.device)
+        one @ other
+        took.append(clock(chosen.device) - begun)
+    return 2 * size**3 / min(took)
+
+
 def emptied(folder: Path) -> Path:
     """The folder without what an earlier turn left, which a fit would go on from."""
     for path in sorted(folder.rglob("*"), reverse=True):
