@@ -139,7 +139,7 @@ def _forward(encoder: SentenceTransformer, part: Batch) -> np.ndarray:
     here["token_embeddings"] = packing.hidden_states(first.auto_model, here)[-1]
     for module in others:
         here = module(here)
-    return normalize(here["sentence_embedding"], dim=1).float().cpu().numpy()
+    return normalize(here["sentence_embedding"].float(), dim=1).cpu().numpy()
 
 
 def _packs(encoder: SentenceTransformer) -> bool:
