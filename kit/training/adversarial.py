@@ -18,11 +18,14 @@ from kit.errors import ConfigError
 
 
 class Attack:
-    """The attack that the settings ask for in an epoch (from 0; below it while pretraining). Truthy if there is one."""
+    """The attack that the settings ask for in an epoch (from 0; below it while pretraining). Truthy if there is one.
 
-    def __init__(self, model: Any, settings: TrainPart, epoch: int) -> None:
+    shared: the gradients are those of several processes, each with a batch of its own, so that no batch tells which rows they are of.
+    """
+
+    def __init__(self, model: Any, settings: TrainPart, epoch: int, *, shared: bool = False) -> None:
         self._fgm, self._awp = settings.fgm, settings.awp
-        self._rows_read = getattr(model, "rows_read", None)
+        self._rows_read = None if shared else getattr(model, "rows_read", None)
         self._rows: torch.Tensor | None = None
         self._weights: list[nn.Parameter] = []
         if settings.fgm:

@@ -195,7 +195,7 @@ class _Fitting:
         torch.manual_seed((self.seed * 1000 + state.epoch) * 1000 + self.accelerator.process_index)
         slots = self.accelerator.num_processes * self.settings.accumulate
         groups = length_grouped([feature.tokens for feature in features], self.settings.batch_size * slots, rng)
-        self.attack = Attack(self.model, self.settings, state.epoch)
+        self.attack = Attack(self.model, self.settings, state.epoch, shared=self.accelerator.num_processes > 1)
         if state.steps:
             self._set_randomness()
         self.wrapped.train()
