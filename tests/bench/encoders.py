@@ -5,7 +5,8 @@ DeBERTa-v3-small's and MiniLM's shape. "stock8": as notebooks do, eight question
 the batches, of three sizes, that suit the library best. "own": the same weights by kit.predict, the backbone packed (kit.packing). minilm also by
 ONNX Runtime and OpenVINO in float32 where they are installed. Every turn has eight questions of its own. base, large: DeBERTa's other shapes.
 curves: DeBERTa's layers from 64 to 1,536 tokens a row; MiniLM's from 100 to 10,000 rows and from 2 to 10 options.
-training: steps of the kit's loop and of the library's Trainer with as many questions, with and without dropout, and with FGM; the weights after 20
+training: steps of the kit's loop and of the library's Trainer with as many questions, both from the first to the saved state, with and without dropout,
+and with FGM; the weights after 20
 steps on the same batches, packed and stock. fgm: moving the rows that a batch reads, beside the usual copy of the table. embedding: kit.retrieval beside
 SentenceTransformer.encode with its defaults; paragraphs of the folder that KIT_DATA names (default ../shared/data), else of the sample.
 
@@ -92,7 +93,7 @@ class Setting:
 
 FULL = Setting(
     folder=BENCH, turns=5, questions=8, shapes={"deberta": SMALL, "base": BASE, "large": LARGE}, lengths=(64, 128, 256, 512, 1024, 1536),
-    rows=(100, 1000, 10_000), options=(2, 5, 10), trained={"minilm": 4, "deberta": 2}, steps=2, same_steps=20, paragraphs=256, table=(128_100, 768),
+    rows=(100, 1000, 10_000), options=(2, 5, 10), trained={"minilm": 8, "deberta": 2}, steps=1, same_steps=20, paragraphs=256, table=(128_100, 768),
 )  # fmt: skip
 QUICK = replace(
     FULL, folder=BENCH / "quick", turns=1, questions=2, shapes=dict.fromkeys(FULL.shapes, _DEBERTA | _FEW), lengths=(16, 600), rows=(10, 40), options=(2, 3),
@@ -238,9 +239,9 @@ def _with_budget(rows: Callable[[Batch], np.ndarray], tokens: HFTokens, budget: 
     return in_batches(rows, features, tokens, by_length(features, budget))
 
 
-def scoring(setting: Setting, shape: str, *, questions: int | None = None) -> dict[str, Any]:
+def scoring(setting: Setting, shape: str) -> dict[str, Any]:
     """Seconds, exactness, utilisation and memory of one shape."""
-    chosen, questions = runtime.choose(), questions or setting.questions
+    chosen, questions = runtime.choose(), setting.questions
     folder = backbone(setting, shape)
     set_seed(0)
     model = AutoModelForMultipleChoice.from_pretrained(folder, dtype=torch.float32).eval().to(chosen.device)
@@ -391,7 +392,7 @@ def curves(setting: Setting) -> dict[str, Any]:
             "stock_best": partial(_with_budget, stock_rows(Choice(models[name], packed=False), chosen), tokens, max(2048, total)),
             "own": partial(_scored_by, Choice(models[name], packed=True), tokens, chosen),
         }
-        seconds, given = timed(ways, [features] * (2 if curve == "rows" else 4), chosen.device)
+        seconds, given = timed(ways, [features] * (2 if curve == "rows" else 3), chosen.device)
         assert np.abs(given["own"][0] - given["stock_best"][0]).max() < (1e-4 if not chosen.autocasts else 0.1)
         count = sum(map(sum, lengths))
         found.setdefault(curve, {})[place] = {way: count / statistics.median(took[1:]) for way, took in seconds.items()}
@@ -444,7 +445,7 @@ def training(setting: Setting) -> dict[str, Any]:
             }
             if shape == "minilm" and not dropout:
                 ways["own_fgm"] = partial(own_steps, setting, folder, questions, size, chosen, fgm=1.0)
-            seconds, _ = in_turns(ways, setting.turns)
+            seconds, _ = in_turns(ways, min(3, setting.turns) if dropout else setting.turns)
             name = f"{shape}_dropout_{dropout:g}"
             found[name] = ratio(seconds, "trainer", "own")
             found |= {"fgm_cost": statistics.median(a / b for a, b in zip(seconds["own_fgm"], seconds["own"], strict=True))} if "own_fgm" in seconds else {}
@@ -469,12 +470,12 @@ def own_steps(
 
 
 def trainer_steps(setting: Setting, backbone: Path, questions: Sequence[Question], size: int, chosen: runtime.Runtime) -> tuple[float, None]:
-    """The same by the library, tokenised beforehand and without saving."""
+    """The same by the library, which saves its state after the epoch, too; tokenised beforehand."""
     tokens, task = HFTokens(MINILM), MultipleChoice(max_length=TOKENS[1])
     rows = [_stock_row(feature) for feature in task.encode(questions, tokens)]
     model = AutoModelForMultipleChoice.from_pretrained(backbone, dtype=torch.float32)
     settings = TrainPart(epochs=1, batch_size=size, lr=2e-5)
-    given = trainer_arguments(settings, setting.folder / "encoders" / "trainer", remove_unused_columns=False)
+    given = trainer_arguments(settings, emptied(setting.folder / "encoders" / "trainer"), remove_unused_columns=False, save_strategy="epoch")
     trainer = Trainer(model, given, train_dataset=rows, data_collator=_Padded(tokens, bool(model.config.type_vocab_size)))  # type: ignore[arg-type]
     begun = clock(chosen.device)
     trainer.train()
@@ -599,9 +600,9 @@ def embedding(setting: Setting) -> dict[str, Any]:
 
 
 def _shape(setting: Setting, name: str) -> dict[str, Any]:
-    """Of -base and -large one question a turn where there is no GPU."""
+    """Of -base and -large one question a turn, and three turns, where there is no GPU."""
     few = name in ("base", "large") and not torch.cuda.is_available()
-    found = scoring(setting, name, questions=1 if few else None)
+    found = scoring(replace(setting, turns=min(3, setting.turns), questions=1) if few else setting, name)
     nine_hours = 4000 * 5 * 512
     return {name: found | {"hours_of_4000_questions": nine_hours / found["tokens_s"]["own"] / 3600}, "details": found.pop("details")}
 

@@ -158,12 +158,13 @@ def trainer_arguments(settings: TrainPart, folder: Path, **more: Any) -> Trainin
     """The recipe's settings as far as the Trainer has them: one rate for all layers."""
     chosen = runtime.choose()
     torch.use_deterministic_algorithms(False)  # which a fit of ours asks for
-    return TrainingArguments(
-        str(folder), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.lr, weight_decay=settings.weight_decay, lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup,
-        max_grad_norm=settings.clip, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=chosen.device.type == "cpu",
-        bf16=chosen.dtype == torch.bfloat16, fp16=chosen.dtype == torch.float16, seed=0, **more,
-    )  # fmt: skip
+    given = {
+        "num_train_epochs": settings.epochs, "per_device_train_batch_size": settings.batch_size, "per_device_eval_batch_size": settings.batch_size,
+        "learning_rate": settings.lr, "weight_decay": settings.weight_decay, "lr_scheduler_type": settings.schedule, "warmup_steps": settings.warmup,
+        "max_grad_norm": settings.clip, "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        "use_cpu": chosen.device.type == "cpu", "bf16": chosen.dtype == torch.bfloat16, "fp16": chosen.dtype == torch.float16, "seed": 0,
+    }  # fmt: skip
+    return TrainingArguments(str(folder), **(given | more))
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------------------------------
