@@ -5,10 +5,10 @@ DeBERTa-v3-small's and MiniLM's shape. "stock8": as notebooks do, eight question
 the batches, of three sizes, that suit the library best. "own": the same weights by kit.predict, the backbone packed (kit.packing). minilm also by
 ONNX Runtime and OpenVINO in float32 where they are installed. Every turn has eight questions of its own. base, large: DeBERTa's other shapes.
 curves: DeBERTa's layers from 64 to 1,536 tokens a row; MiniLM's from 100 to 10,000 rows and from 2 to 10 options.
-training: steps of the kit's loop and of the library's Trainer with as many questions, both from the first to the saved state, with and without dropout,
-and with FGM; the weights after 20
-steps on the same batches, packed and stock. fgm: moving the rows that a batch reads, beside the usual copy of the table. embedding: kit.retrieval beside
-SentenceTransformer.encode with its defaults; paragraphs of the folder that KIT_DATA names (default ../shared/data), else of the sample.
+training: a step of the kit's loop and of the library's Trainer with as many questions, both with the state saved behind it, with and without dropout,
+and with FGM; the weights after 20 steps on the same batches, packed and stock. fgm: moving the rows that a batch reads, beside the usual copy of the
+table. embedding: kit.retrieval beside SentenceTransformer.encode with its defaults; paragraphs of the folder that KIT_DATA names (default
+../shared/data), else of the sample. About half an hour on a CPU.
 
 Texts are the sample competition's, so that nothing has to be downloaded; weights are random, but MiniLM's. CPU time of one thread (on CUDA: wall
 time), ways in turns, ratios are medians over the turns; wall_two_threads is beside it. mfu counts the operations that have to be done (of a last layer
