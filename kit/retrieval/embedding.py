@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -29,18 +29,7 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 _TOKENS = {"cpu": 1024}  # of a batch: what stays in a processor's cache …
 _TOKENS_ELSEWHERE = 32_768  # … and what keeps a GPU busy
-_DOCUMENTS = ("document", "passage", "corpus")  # the library's names of what is put before a text that is searched …
-_QUERIES = ("query",)  # … and before a query
-
-
-class _Kind(NamedTuple):
-    """What texts are to the encoder. prompts: names of what may stand before them, the first that the encoder has."""
-
-    task: str
-    prompts: tuple[str, ...]
-
-
-_DOCUMENT, _QUERY = _Kind("document", _DOCUMENTS), _Kind("query", _QUERIES)
+_Kind = Literal["query", "document"]  # what texts are to the encoder: its names of the prompt before them
 
 
 class Embedder:
@@ -60,12 +49,12 @@ class Embedder:
 
     def queries(self, texts: Sequence[str]) -> Tensor:
         """(N, D) float32 on the first device."""
-        found = next(self._embedded([list(texts)], _QUERY))
+        found = next(self._embedded([list(texts)], "query"))
         return torch.from_numpy(found).to(self._encoders[0].device)
 
     def documents(self, blocks: Iterable[Sequence[str]]) -> Iterator[np.ndarray]:
         """(N, D) float32 of each block of texts."""
-        return self._embedded(blocks, _DOCUMENT)
+        return self._embedded(blocks, "document")
 
     def _embedded(self, blocks: Iterable[Sequence[str]], kind: _Kind) -> Iterator[np.ndarray]:
         if not self._packs:
@@ -92,8 +81,7 @@ class Embedder:
     def _prepared(self, texts: Sequence[str], kind: _Kind) -> Batch:
         """The whole block as the library prepares a batch: padded on the right to its longest text."""
         encoder = self._encoders[0]
-        name = next((name for name in kind.prompts if name in encoder.prompts), encoder.default_prompt_name)
-        return encoder.preprocess(list(texts), prompt=encoder.prompts.get(name) if name else None, task=kind.task)
+        return encoder.preprocess(list(texts), prompt=encoder.prompts[kind], task=kind)
 
     def _batches(self, mask: Tensor) -> list[np.ndarray]:
         """Rows of batches, long ones first."""
@@ -107,7 +95,7 @@ class Embedder:
         return [np.array(batch) for batch in batches]
 
     def _stock(self, texts: Sequence[str], kind: _Kind) -> np.ndarray:
-        encode: Any = self._encoders[0].encode_query if kind is _QUERY else self._encoders[0].encode_document
+        encode: Any = self._encoders[0].encode_query if kind == "query" else self._encoders[0].encode_document
         found: np.ndarray = encode(list(texts), batch_size=self._batch_size, normalize_embeddings=True, show_progress_bar=False)
         return found.astype(np.float32, copy=False)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, DebertaV2Config
 
@@ -18,17 +19,17 @@ TEXTS = ["", "a", *(f"passage {i} tells about {'very ' * (i % 40)}{chr(97 + i % 
 
 
 @pytest.fixture
-def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each batch that went through the packed form."""
-    rows: list[int] = []
+def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and width of each batch that went through the packed form."""
+    shapes: list[tuple[int, int]] = []
     plain = packing.hidden_states
 
     def counted(backbone: object, batch: packing.Batch) -> object:
-        rows.append(len(batch["input_ids"]))
+        shapes.append(tuple(batch["input_ids"].shape))
         return plain(backbone, batch)
 
     monkeypatch.setattr(packing, "hidden_states", counted)
-    return rows
+    return shapes
 
 
 def embedder(folder: Path, *, batch_size: int = 128, max_length: int | None = None, devices: tuple[str, ...] = ("cpu",)) -> Embedder:
@@ -54,12 +55,13 @@ def encoder(encoder_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 128])
 @pytest.mark.parametrize("tokens", [8, 1024])
-def test_embeddings_are_the_library_s(encoder: Path, monkeypatch: pytest.MonkeyPatch, packed_calls: list[int], batch_size: int, tokens: int) -> None:
+def test_embeddings_are_the_library_s(encoder: Path, monkeypatch: pytest.MonkeyPatch, packed_calls: list[tuple[int, int]], batch_size: int, tokens: int) -> None:
     monkeypatch.setitem(embedding._TOKENS, "cpu", tokens)
     found = list(embedder(encoder, batch_size=batch_size).documents([TEXTS[:50], TEXTS[50:51], TEXTS[51:]]))
     assert [len(block) for block in found] == [50, 1, len(TEXTS) - 51] and found[0].dtype == np.float32
     np.testing.assert_allclose(np.concatenate(found), library(encoder).encode(TEXTS, normalize_embeddings=True), atol=1e-6)
-    assert sum(packed_calls) == len(TEXTS) and max(packed_calls) <= batch_size
+    assert sum(rows for rows, _ in packed_calls) == len(TEXTS) and max(rows for rows, _ in packed_calls) <= batch_size
+    assert all(rows == 1 or rows * width <= tokens for rows, width in packed_calls)
 
 
 def test_several_devices_share_the_batches(encoder: Path) -> None:
@@ -67,9 +69,9 @@ def test_several_devices_share_the_batches(encoder: Path) -> None:
     assert (alone == shared).all()
 
 
-def test_prompts_stand_before_queries_and_documents(encoder: Path, packed_calls: list[int]) -> None:
+def test_prompts_stand_before_queries_and_documents(encoder: Path, packed_calls: list[tuple[int, int]]) -> None:
     def prompted(one: SentenceTransformer) -> None:
-        one.prompts = {"query": "ask for it ", "passage": "it is said "}
+        one.prompts = {"query": "ask for it ", "document": "it is said "}
 
     folder = made(encoder, prompted)
     peer = library(folder)
@@ -80,7 +82,7 @@ def test_prompts_stand_before_queries_and_documents(encoder: Path, packed_calls:
     assert np.abs(queries - documents).max() > 1e-3 and packed_calls
 
 
-def test_a_prompt_that_the_pooling_leaves_out(encoder: Path, packed_calls: list[int]) -> None:
+def test_a_prompt_that_the_pooling_leaves_out(encoder: Path, packed_calls: list[tuple[int, int]]) -> None:
     def prompted(one: SentenceTransformer) -> None:
         one.prompts = {"document": "it is said "}
         one.set_pooling_include_prompt(False)
@@ -90,7 +92,7 @@ def test_a_prompt_that_the_pooling_leaves_out(encoder: Path, packed_calls: list[
     assert packed_calls
 
 
-def test_a_projection_behind_the_pooling(encoder: Path, packed_calls: list[int]) -> None:
+def test_a_projection_behind_the_pooling(encoder: Path, packed_calls: list[tuple[int, int]]) -> None:
     from sentence_transformers.sentence_transformer.modules import Dense
 
     folder = made(encoder, lambda one: one.append(Dense(8, 5)))
@@ -100,16 +102,38 @@ def test_a_projection_behind_the_pooling(encoder: Path, packed_calls: list[int])
     assert packed_calls
 
 
-def test_a_backbone_without_a_packed_form_is_left_to_the_library(encoder: Path, packed_calls: list[int]) -> None:
+def test_a_backbone_without_a_packed_form_is_left_to_the_library(encoder: Path, packed_calls: list[tuple[int, int]]) -> None:
     size = json.loads((encoder / "config.json").read_text())["vocab_size"]
     config = DebertaV2Config(
         vocab_size=size, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, relative_attention=False, type_vocab_size=0
     )
     AutoModel.from_config(config).save_pretrained(encoder)
-    found = next(embedder(encoder, max_length=16).documents([TEXTS]))
-    peer = library(encoder)
+    encoder = made(encoder, lambda one: one.prompts.update(query="ask for it ", document="it is said "))
+    ours, peer = embedder(encoder, max_length=16), library(encoder)
     peer.max_seq_length = 16
-    np.testing.assert_allclose(found, peer.encode(TEXTS, normalize_embeddings=True), atol=1e-6)
+    np.testing.assert_allclose(next(ours.documents([TEXTS])), peer.encode_document(TEXTS, normalize_embeddings=True), atol=1e-6)
+    np.testing.assert_allclose(ours.queries(TEXTS).numpy(), peer.encode_query(TEXTS, normalize_embeddings=True), atol=1e-6)
+    assert not packed_calls
+
+
+@pytest.mark.parametrize("unusual", ["a shorter embedding", "padding on the left", "words without a backbone"])
+def test_what_is_unusual_is_left_to_the_library(encoder: Path, packed_calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, unusual: str) -> None:
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    def opened(folder: str, **options: object) -> SentenceTransformer:
+        one = SentenceTransformer(folder, **options)
+        if unusual == "a shorter embedding":
+            one.truncate_dim = 3
+        elif unusual == "padding on the left":
+            one[0].tokenizer.padding_side = "left"
+        else:
+            torch.manual_seed(0)
+            one = SentenceTransformer(modules=[StaticEmbedding(one[0].tokenizer, embedding_dim=4)], device="cpu")
+        return one
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", opened)
+    found = next(embedder(encoder, batch_size=32).documents([TEXTS]))  # the library's own size: padding on the left moves a BERT's positions
+    np.testing.assert_allclose(found, opened(str(encoder), device="cpu").encode(TEXTS, normalize_embeddings=True), atol=1e-6)
     assert not packed_calls
 
 

@@ -114,6 +114,7 @@ def test_the_rows_that_a_batch_reads_are_moved_as_the_whole_table_is(model: Enco
     with fgm(table, EPSILON, before=whole[0]):
         wanted = table.detach().clone()
     rows = model.rows_read(batch)
+    assert not accumulated or [len(old) for old in before if old is not None] == [len(rows)], "nothing else is copied"
     assert 0 < len(rows) < len(table) and torch.equal((wanted != start).any(1).nonzero().flatten(), rows[rows != tokens.pad_id])
     with attack(before) as moved:
         assert moved and torch.equal(table, wanted)
